@@ -1,0 +1,371 @@
+"""Frozen configuration dataclasses with all validation; nothing here knows gin.
+
+Every error names the value, the rule it breaks and the remedy. A config that constructs is
+consistent in itself; what depends on the devices is checked in partitioning.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+from collections.abc import Mapping
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot be run, refused before anything is compiled."""
+
+
+class Dispatch(enum.Enum):
+  """How tokens reach their experts. All three agree to rounding where nothing is dropped."""
+
+  MASK = 'mask'  # one-hot einsums, the reference of the released models
+  SCATTER = 'scatter'  # index based; the same slots and drops, gather-only gradients
+  DROPLESS = 'dropless'  # sorted by expert, grouped matmuls; capacity is ignored
+
+
+class CapacityConvention(enum.Enum):
+  """How many slots an expert reserves for a routing group of T tokens."""
+
+  RELEASED = 'released'  # round(factor * T / E): the factor does not include top_k
+  WITH_TOP_K = 'with_top_k'  # round(factor * top_k * T / E)
+
+
+class RouterOrder(enum.Enum):
+  """What the combine weights are."""
+
+  SOFTMAX_TOP_K = 'softmax_top_k'  # raw probabilities of the chosen experts (OpenMoE)
+  TOP_K_SOFTMAX = 'top_k_softmax'  # softmax over the chosen logits only (JetMoE)
+
+
+class Remat(enum.Enum):
+  """What a block recomputes in the backward pass."""
+
+  NONE = 'none'  # keep every activation
+  DOTS = 'dots'  # keep matmul outputs without a batch of their own, recompute the rest
+  FULL = 'full'  # keep only the block's input
+
+
+class Schedule(enum.Enum):
+  CONSTANT = 'constant'
+  RSQRT = 'rsqrt'  # base / sqrt(max(step, warmup)): flat, then decaying; no linear part
+  LINEAR_WARMUP = 'linear_warmup'  # linear to base over the warm-up, then constant
+  COSINE = 'cosine'  # linear warm-up, cosine to final_fraction * base at total_steps
+  WSD = 'wsd'  # linear warm-up, stable, exponential decay over the last decay_steps
+
+
+class OptimizerName(enum.Enum):
+  ADAFACTOR = 'adafactor'
+  ADAMW = 'adamw'
+
+
+def parse_enum(kind: type[enum.Enum], value: object, field: str):
+  """`value` as a member of `kind`; accepts a member or its string value.
+
+  Raises:
+    ConfigError: naming the nearest valid value.
+  """
+  if isinstance(value, kind):
+    return value
+  names = [member.value for member in kind]
+  if value in names:
+    return kind(value)
+  near = difflib.get_close_matches(str(value), names, n=1)
+  hint = f' Did you mean {near[0]!r}?' if near else ''
+  raise ConfigError(f'{field}={value!r} is not one of {names}.{hint}')
+
+
+def _require(condition: bool, message: str) -> None:
+  if not condition:
+    raise ConfigError(message)
+
+
+def _positive(obj: object, *fields: str) -> None:
+  for name in fields:
+    value = getattr(obj, name)
+    _require(
+      isinstance(value, (int, float)) and value > 0,
+      f'{type(obj).__name__}.{name}={value!r} must be a positive number.',
+    )
+
+
+def _set_enum(obj: object, field: str, kind: type[enum.Enum]) -> None:
+  # Frozen dataclasses accept gin's plain strings; this is the one place that widens them.
+  label = f'{type(obj).__name__}.{field}'
+  object.__setattr__(obj, field, parse_enum(kind, getattr(obj, field), label))
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+  """The sparse layer: routing, capacity, dispatch and its losses' weights.
+
+  Attributes:
+    num_experts: experts per sparse layer (E).
+    top_k: experts per token.
+    group_size: tokens that compete for the same slots; groups are contiguous runs of the
+      flattened (row, position) tokens. See router.upstream_group_size for the value the original
+      system would have taken from its device count.
+    capacity_factor, eval_capacity_factor: slots per token and expert, see expert_capacity.
+    min_expert_capacity: lower bound of the slots.
+    capacity_convention: whether the factor counts top_k.
+    router_order: which softmax scales the expert outputs.
+    load_balance_weight, router_z_weight: weights of the two router losses.
+    jitter_noise: multiplies router inputs by U(1-j, 1+j) in training; 0 is off.
+    ignore_padding: False routes padding (to experts 0 and 1: its logits tie), as released.
+    dispatch: how tokens reach the experts.
+  """
+
+  num_experts: int
+  top_k: int = 2
+  group_size: int = 4096
+  capacity_factor: float = 1.25
+  eval_capacity_factor: float = 2.0
+  min_expert_capacity: int = 4
+  capacity_convention: CapacityConvention = CapacityConvention.RELEASED
+  router_order: RouterOrder = RouterOrder.SOFTMAX_TOP_K
+  load_balance_weight: float = 0.01
+  router_z_weight: float = 1e-4
+  jitter_noise: float = 0.0
+  ignore_padding: bool = False
+  dispatch: Dispatch = Dispatch.SCATTER
+
+  def __post_init__(self):
+    _set_enum(self, 'capacity_convention', CapacityConvention)
+    _set_enum(self, 'router_order', RouterOrder)
+    _set_enum(self, 'dispatch', Dispatch)
+    _positive(self, 'num_experts', 'top_k', 'group_size', 'capacity_factor')
+    _positive(self, 'eval_capacity_factor', 'min_expert_capacity')
+    _require(
+      self.top_k <= self.num_experts,
+      f'MoEConfig.top_k={self.top_k} is more than num_experts={self.num_experts}; lower top_k.',
+    )
+    _require(
+      0 <= self.jitter_noise < 1,
+      f'MoEConfig.jitter_noise={self.jitter_noise} must be in [0, 1).',
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """An OpenMoE or OpenLLaMA decoder.
+
+  Attributes:
+    name: label for logs and checkpoints.
+    vocab_size: rows of the embedding and of the output layer.
+    num_layers, embed_dim, mlp_dim, num_heads, head_dim: sizes; num_heads * head_dim need not be
+      embed_dim.
+    num_sparse_layers: 0 for a dense model; else num_layers must be a multiple, and layer i is
+      sparse iff i % p == p - 1 with p = num_layers / num_sparse_layers.
+    moe: the sparse layers; required iff num_sparse_layers > 0.
+    dtype: of activations ('bfloat16' or 'float32'); parameters are float32.
+    dropout_rate: of every dropout of the network.
+    init_scale: SCALE of the variance-scaling initialisers (0.1 for the MoE models, 1.0 dense).
+    rope_theta, norm_epsilon: as named.
+    float32_attention: computes attention logits and softmax in float32 (released: False).
+    remat: what blocks recompute in the backward pass.
+    vocab_block: columns of the output layer held at once by the loss.
+  """
+
+  name: str
+  vocab_size: int
+  num_layers: int
+  embed_dim: int
+  mlp_dim: int
+  num_heads: int
+  head_dim: int
+  num_sparse_layers: int = 0
+  moe: MoEConfig | None = None
+  dtype: str = 'bfloat16'
+  dropout_rate: float = 0.0
+  init_scale: float = 0.1
+  rope_theta: float = 10000.0
+  norm_epsilon: float = 1e-6
+  float32_attention: bool = False
+  remat: Remat = Remat.NONE
+  vocab_block: int = 16384
+
+  def __post_init__(self):
+    _set_enum(self, 'remat', Remat)
+    _positive(self, 'vocab_size', 'num_layers', 'embed_dim', 'mlp_dim', 'num_heads', 'head_dim')
+    _positive(self, 'init_scale', 'rope_theta', 'norm_epsilon', 'vocab_block')
+    _require(self.head_dim % 2 == 0, f'head_dim={self.head_dim} must be even for rotary halves.')
+    _require(
+      self.dtype in ('bfloat16', 'float32'),
+      f"ModelConfig.dtype={self.dtype!r} must be 'bfloat16' or 'float32'.",
+    )
+    _require(0 <= self.dropout_rate < 1, f'dropout_rate={self.dropout_rate} must be in [0, 1).')
+    _require(
+      (self.num_sparse_layers > 0) == (self.moe is not None),
+      f'num_sparse_layers={self.num_sparse_layers} with moe={self.moe}: give both or neither.',
+    )
+    if self.num_sparse_layers:
+      _require(
+        self.num_layers % self.num_sparse_layers == 0,
+        f'num_layers={self.num_layers} must be a multiple of num_sparse_layers='
+        f'{self.num_sparse_layers}; sparse layers are evenly spaced.',
+      )
+
+  @property
+  def sparse_period(self) -> int:
+    """Layers per repeating group of blocks; the last of each group is sparse."""
+    return self.num_layers // self.num_sparse_layers if self.num_sparse_layers else 1
+
+  @property
+  def sparse_layers(self) -> tuple[int, ...]:
+    """0-based indices of the sparse layers."""
+    if not self.num_sparse_layers:
+      return ()
+    return tuple(range(self.sparse_period - 1, self.num_layers, self.sparse_period))
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """Optimizer and schedule.
+
+  Attributes:
+    name: adafactor (as t5x defines it) or adamw.
+    schedule, learning_rate: see Schedule; learning_rate is its base.
+    warmup_steps: as the schedule uses it.
+    decay_steps: WSD: length of the final decay.
+    final_fraction: COSINE and WSD: learning rate at the end, as a share of the base.
+    clip_global_norm: None for no clipping.
+    decay_rate: Adafactor: second moments decay as 1 - t^-decay_rate.
+    min_dim_size_to_factor: Adafactor: matrices with a smaller side are not factored.
+    b1, b2, eps, weight_decay: AdamW.
+  """
+
+  name: OptimizerName = OptimizerName.ADAFACTOR
+  schedule: Schedule = Schedule.RSQRT
+  learning_rate: float = 1.0
+  warmup_steps: int = 10000
+  decay_steps: int = 0
+  final_fraction: float = 0.1
+  clip_global_norm: float | None = None
+  decay_rate: float = 0.8
+  min_dim_size_to_factor: int = 128
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+
+  def __post_init__(self):
+    _set_enum(self, 'name', OptimizerName)
+    _set_enum(self, 'schedule', Schedule)
+    _positive(self, 'learning_rate', 'decay_rate', 'min_dim_size_to_factor')
+    _require(self.warmup_steps >= 0, f'warmup_steps={self.warmup_steps} must not be negative.')
+    _require(
+      self.schedule is not Schedule.RSQRT or self.warmup_steps > 0,
+      'The rsqrt schedule needs warmup_steps > 0: it is base / sqrt(max(step, warmup_steps)).',
+    )
+    _require(
+      self.schedule is not Schedule.WSD or (self.decay_steps > 0 and self.final_fraction > 0),
+      f'WSD needs decay_steps > 0 and final_fraction > 0, not {self.decay_steps} and '
+      f'{self.final_fraction}: the decay is exponential.',
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where batches come from. The batch at a step is a function of this and the step alone.
+
+  Attributes:
+    mixture_or_task_name: a registered seqio task or mixture.
+    task_feature_lengths: {'inputs': n, 'targets': m} (prefix form, rows of n + m) or
+      {'targets': m}.
+    batch_size: rows of the global batch.
+    split: seqio split.
+    seed: of shuffling, mixing and denoising.
+    num_shards: logical shards the stream is divided into, each its own pipeline; batch_size must
+      be a multiple, and the number of hosts must divide it. Changing it changes the data order.
+    shuffle: off for evaluation.
+    pack: several examples to a row.
+    use_cached: read what scripts.cache_tasks wrote.
+    num_epochs: None repeats forever.
+  """
+
+  mixture_or_task_name: str
+  task_feature_lengths: Mapping[str, int]
+  batch_size: int
+  split: str = 'train'
+  seed: int = 0
+  num_shards: int = 8
+  shuffle: bool = True
+  pack: bool = True
+  use_cached: bool = False
+  num_epochs: int | None = None
+
+  def __post_init__(self):
+    _positive(self, 'batch_size', 'num_shards')
+    lengths = dict(self.task_feature_lengths)
+    _require(
+      'targets' in lengths and set(lengths) <= {'inputs', 'targets'},
+      f'task_feature_lengths={lengths} needs targets and, for prefix objectives, inputs.',
+    )
+    _require(
+      all(isinstance(n, int) and n > 0 for n in lengths.values()),
+      f'task_feature_lengths={lengths} must be positive integers.',
+    )
+    _require(
+      self.batch_size % self.num_shards == 0,
+      f'batch_size={self.batch_size} is not a multiple of num_shards={self.num_shards}: every '
+      f'logical shard of the data gives the same number of rows. Use a batch_size of '
+      f'{-(-self.batch_size // self.num_shards) * self.num_shards}, or fewer shards.',
+    )
+
+  @property
+  def row_length(self) -> int:
+    """Tokens of one packed row (t)."""
+    return sum(self.task_feature_lengths.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """How devices are arranged as (data, expert, model); data takes what is left.
+
+  Attributes:
+    num_expert_partitions: size of the expert axis; divides num_experts.
+    num_model_partitions: size of the model axis (tensor parallelism).
+    fsdp: also shard weights and optimizer state over the data axis.
+  """
+
+  num_expert_partitions: int = 1
+  num_model_partitions: int = 1
+  fsdp: bool = False
+
+  def __post_init__(self):
+    _positive(self, 'num_expert_partitions', 'num_model_partitions')
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The run around the step.
+
+  Attributes:
+    model_dir: run directory; checkpoints, metrics and plots go there.
+    total_steps: optimizer steps (t5x TRAIN_STEPS).
+    num_microbatches: pieces a batch is cut into to bound memory; does not change the loss.
+    seed: of initialisation and dropout.
+    eval_period, eval_steps: evaluate every eval_period steps on eval_steps batches; 0 is never.
+    checkpoint_period, keep_checkpoints: save every so many steps, keep the newest so many.
+    log_period: steps between metric records.
+    router_period: steps between per-layer, per-expert load records.
+  """
+
+  model_dir: str
+  total_steps: int
+  num_microbatches: int = 1
+  seed: int = 0
+  eval_period: int = 1000
+  eval_steps: int = 20
+  checkpoint_period: int = 1000
+  keep_checkpoints: int = 5
+  log_period: int = 10
+  router_period: int = 10
+
+  def __post_init__(self):
+    _positive(self, 'total_steps', 'num_microbatches', 'checkpoint_period', 'keep_checkpoints')
+    _positive(self, 'log_period', 'router_period')
+    _require(bool(self.model_dir), 'TrainConfig.model_dir is empty; set MODEL_DIR.')
+    _require(
+      self.eval_period >= 0 and self.eval_steps >= 0, 'eval_period and eval_steps must be >= 0.'
+    )
