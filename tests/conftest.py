@@ -1,0 +1,15 @@
+"""Settings of every test process, made before jax or TensorFlow is imported.
+
+Tests run on eight simulated CPU devices, so that meshes are real; TensorFlow is kept quiet.
+"""
+
+import os
+
+_DEVICES = '--xla_force_host_platform_device_count=8'
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}'.strip()
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+os.environ.setdefault('MPLBACKEND', 'agg')

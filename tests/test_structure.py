@@ -1,0 +1,157 @@
+"""The rules of the house: which way imports point, what they may pull in, how long a file may be.
+
+A module of openmoe/ without a place in the tables below fails: decide where it belongs.
+"""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+MAX_LINES = 450
+
+# Each room may import the rooms before it, and itself.
+CHAIN = (
+  'types',
+  'config',
+  'partitioning',
+  'layers',
+  'models',
+  'losses',
+  'optimizer',
+  'train_state',
+  'train_step',
+  'decode',
+  'evaluate',
+  'plan',
+  'train',
+)
+# Rooms beside the chain: what each may import. What stands before `decode` in the chain does
+# without them; from there on they are free to use.
+SIDE = {
+  'hardware': set(),
+  'data': {'types', 'config'},
+  'checkpoint': {'types', 'config'},
+  'display': {'hardware'},
+  'metrics': {'config', 'hardware', 'display'},
+  'report': {'config', 'hardware', 'metrics'},
+}
+# The other packages: what each may import of ours.
+PACKAGES = {
+  'openmoe': {'openmoe'},
+  'tasks': {'tasks', 'openmoe'},
+  'convert': {'convert', 'openmoe'},
+  'scripts': {'scripts', 'tasks', 'convert', 'openmoe'},
+}
+# tasks are data: they know how examples are made, not what is trained on them.
+TASKS_MAY = {'types', 'config', 'data'}
+
+
+def sources(*packages: str) -> list[pathlib.Path]:
+  """Python files of top-level packages, relative to the repository."""
+  return sorted(p.relative_to(ROOT) for name in packages for p in (ROOT / name).rglob('*.py'))
+
+
+def imported_names(path: pathlib.Path) -> set[str]:
+  """Dotted names that a file imports, wherever in the file; relative imports are made absolute."""
+  names = set()
+  for node in ast.walk(ast.parse((ROOT / path).read_text(), filename=str(path))):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      above = path.parent.parts[: len(path.parent.parts) - node.level + 1] if node.level else ()
+      base = '.'.join((*above, *([node.module] if node.module else [])))
+      # `from openmoe import train` imports a module, so the names count as well.
+      names |= {f'{base}.{alias.name}' for alias in node.names}
+  return names
+
+
+def room(dotted: str) -> str | None:
+  """The room of openmoe/ that a dotted name lies in, or None for anything else."""
+  parts = dotted.split('.')
+  return parts[1] if parts[0] == 'openmoe' and len(parts) > 1 else None
+
+
+def allowed(importer: str) -> set[str]:
+  """Rooms that a room may import."""
+  if importer in SIDE:
+    return SIDE[importer] | {importer}
+  place = CHAIN.index(importer)
+  side = set(SIDE) if place >= CHAIN.index('decode') else set()
+  return set(CHAIN[: place + 1]) | side
+
+
+def room_of_file(path: pathlib.Path) -> str:
+  return path.with_suffix('').parts[1]
+
+
+@pytest.mark.parametrize('path', sources('openmoe'), ids=str)
+def test_imports_inside_openmoe_point_one_way(path):
+  here = room_of_file(path)
+  if here == '__init__':
+    assert not imported_names(path) - {'__future__.annotations'}, 'openmoe/__init__ runs no work'
+    return
+  assert here in CHAIN or here in SIDE, f'{path}: give {here!r} a place in CHAIN or SIDE'
+  wrong = {n for n in imported_names(path) if room(n) and room(n) not in allowed(here)}
+  assert not wrong, f'{path} imports {sorted(wrong)}; {here} may import {sorted(allowed(here))}'
+
+
+@pytest.mark.parametrize('path', sources(*PACKAGES), ids=str)
+def test_packages_import_only_what_is_below_them(path):
+  here = path.parts[0]
+  for name in imported_names(path):
+    top = name.split('.')[0]
+    assert top not in PACKAGES or top in PACKAGES[here], f'{path} imports {name}'
+    assert top != 'tests', f'{path} imports {name}'
+    if here == 'tasks' and room(name):
+      assert room(name) in TASKS_MAY, f'{path} imports {name}; tasks may use {sorted(TASKS_MAY)}'
+
+
+@pytest.mark.parametrize('path', sources('openmoe', 'convert'), ids=str)
+def test_the_library_does_not_know_gin_or_flags(path):
+  tops = {'.'.join(n.split('.')[:2]) for n in imported_names(path)}
+  known = {n for n in tops if n.split('.')[0] == 'gin' or n in ('absl.flags', 'absl.app')}
+  assert not known, f'{path} imports {known}: configuration belongs to scripts/'
+
+
+def test_gin_is_not_a_package():
+  assert not (ROOT / 'gin' / '__init__.py').exists(), 'gin/__init__.py shadows gin-config'
+
+
+@pytest.mark.parametrize('path', sources(*PACKAGES, 'tests'), ids=str)
+def test_files_are_short(path):
+  lines = len((ROOT / path).read_text().splitlines())
+  assert lines <= MAX_LINES, f'{path} has {lines} lines, more than {MAX_LINES}: split it'
+
+
+@pytest.mark.parametrize('package', ['openmoe.models', 'convert'])
+def test_importing_pulls_in_neither_tensorflow_nor_torch(package):
+  code = (
+    f'import importlib, pkgutil, sys, {package} as package\n'
+    'for m in pkgutil.walk_packages(package.__path__, package.__name__ + "."):\n'
+    '  if not m.name.endswith("__main__"): importlib.import_module(m.name)\n'
+    'heavy = sorted({"tensorflow", "torch", "seqio", "gin"} & set(sys.modules))\n'
+    'sys.exit(f"{package.__name__} imports {heavy}" if heavy else 0)\n'
+  )
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+
+
+def test_the_walk_sees_every_form_of_import(tmp_path, monkeypatch):
+  monkeypatch.setattr(sys.modules[__name__], 'ROOT', tmp_path)
+  path = pathlib.Path('openmoe/layers/moe.py')
+  (tmp_path / path).parent.mkdir(parents=True)
+  (tmp_path / path).write_text(
+    'import gin\nfrom openmoe import train\nfrom ..models import jetmoe\nfrom . import router\n'
+    'def late():\n  import openmoe.data.stream\n'
+  )
+  assert imported_names(path) == {
+    'gin',
+    'openmoe.train',
+    'openmoe.models.jetmoe',
+    'openmoe.layers.router',
+    'openmoe.data.stream',
+  }
