@@ -5,7 +5,7 @@ Arrays carry their axes as a lower-case suffix, one letter an axis:
   b batch           t token / query position   s key position    d embed
   f mlp hidden      v vocabulary               n attention head  h head_dim
   l sparse layer    g routing group            e expert          c capacity slot
-  k choice rank     m expert-parallel shard    r dispatched row
+  k choice rank     m buffer slot / shard      r dispatched row   u gate half
 
 So `x_btd` is [batch, length, embed] and `combine_weights_gtk` is
 [group, token of the group, choice].

@@ -1,0 +1,1 @@
+"""Offline conversion between checkpoint formats; imports openmoe, never imported by it."""

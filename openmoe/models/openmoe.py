@@ -1,0 +1,274 @@
+"""The OpenMoE decoder: dense blocks, every p-th one sparse; OpenLLaMA is the same without sparse.
+
+Layers come in equal groups of p - 1 dense blocks and one sparse block. Groups are scanned, and so
+are the dense blocks inside a group, so the program does not grow with depth.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from openmoe import partitioning
+from openmoe.config import ModelConfig, Remat
+from openmoe.layers.attention import Attention, KVCache, init_cache
+from openmoe.layers.embed import Embed
+from openmoe.layers.mlp import Kernel, Mlp
+from openmoe.layers.moe import MoeLayer
+from openmoe.layers.norm import RMSNorm
+from openmoe.types import Array, Batch, RouterStats
+
+ACT = ('act_batch', 'act_length', 'act_embed')
+
+
+@flax.struct.dataclass
+class ModelOutput:
+  """What every model returns.
+
+  Attributes:
+    hidden_btd: final normed hidden states in the activation dtype; zero rows at padding.
+    output_kernel_dv: float32 kernel of the output layer. The logits are hidden @ kernel in
+      float32; the loss computes them in vocabulary blocks, so they are not returned.
+    router_stats: stacked over sparse layers (leading l), None for a dense model.
+    cache: updated key-value caches, None outside decoding.
+  """
+
+  hidden_btd: Array
+  output_kernel_dv: Array
+  router_stats: RouterStats | None
+  cache: dict | None = None
+
+  def logits(self) -> Array:
+    """float32 [b, t, v]; for tests and decoding, where few positions are wanted."""
+    return self.hidden_btd.astype(jnp.float32) @ self.output_kernel_dv
+
+
+@flax.struct.dataclass
+class BlockContext:
+  """What all blocks share.
+
+  Attributes:
+    mask_bts: bool, True where a query may look at a key.
+    token_mask_bt1: 1 for real tokens, in the activation dtype; multiplies every block input.
+    positions_bt: int32 rotary positions.
+    cache_slot_b: int32 first cache slot to write, or None.
+  """
+
+  mask_bts: Array
+  token_mask_bt1: Array
+  positions_bt: Array
+  cache_slot_b: Array | None = None
+
+
+def token_mask(inputs_bt: Array) -> Array:
+  """bool [b, t]: False on padding of the decoder inputs.
+
+  Id 0 is padding and also starts every segment, so a 0 counts as real when it comes first or
+  before a real token (flaxformer dense_attention.py `get_decoder_logit_mask`).
+  """
+  following = jnp.pad(inputs_bt[:, 1:], ((0, 0), (0, 1)))
+  first = jnp.arange(inputs_bt.shape[1]) == 0
+  return (inputs_bt > 0) | (following > 0) | first
+
+
+def training_mask(batch: Batch) -> Array:
+  """bool [b, t, s]: causal, inside one segment, real tokens only. Prefixes are causal too."""
+  t = batch.targets.shape[1]
+  causal_ts = jnp.tril(jnp.ones((t, t), bool))
+  real_bt = batch.targets > 0
+  same_bts = batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :]
+  return causal_ts & same_bts & real_bt[:, :, None] & real_bt[:, None, :]
+
+
+class Residual(nn.Module):
+  """Adds a branch to the stream, with the original's rounding.
+
+  There the stream is bfloat16 until the first sparse layer, whose float32 output promotes it for
+  good. A scan carries one dtype, so the stream is kept in float32 and sums before that layer are
+  rounded to bfloat16; reduce_precision, because XLA may drop a cast down and up again.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, r_btd: Array, y_btd: Array, narrow: Array, train: bool) -> Array:
+    """narrow: bool scalar, True before the first sparse layer's output."""
+    rate = self.config.dropout_rate
+    y_btd = nn.Dropout(rate, broadcast_dims=(-2,))(y_btd, deterministic=not train)
+    sum_btd = r_btd + y_btd
+    if sum_btd.dtype == jnp.float32 and self.config.dtype == 'bfloat16':
+      rounded = jax.lax.reduce_precision(sum_btd, exponent_bits=8, mantissa_bits=7)
+      sum_btd = jnp.where(narrow, rounded, sum_btd)
+    return partitioning.shard(sum_btd, ACT)
+
+
+class Block(nn.Module):
+  """Pre-norm block: attention, then MLP (dense) or MoE and extra MLP in sequence (sparse)."""
+
+  config: ModelConfig
+  sparse: bool
+  train: bool
+
+  @nn.compact
+  def __call__(
+    self, r_btd: Array, cache: KVCache | None, narrow: Array, context: BlockContext
+  ) -> tuple[Array, tuple[KVCache | None, RouterStats | None]]:
+    """Residual stream in, residual stream and (cache, router statistics) out."""
+    cfg, train, dtype = self.config, self.train, jnp.dtype(self.config.dtype)
+
+    def normed(name: str, r: Array) -> Array:
+      return RMSNorm(dtype, cfg.norm_epsilon, name=name)(r) * context.token_mask_bt1
+
+    residual = Residual(cfg, name='residual')
+    attention = Attention(
+      cfg.num_heads,
+      cfg.head_dim,
+      dtype,
+      cfg.init_scale,
+      cfg.rope_theta,
+      cfg.float32_attention,
+      cfg.dropout_rate,
+      name='attention',
+    )
+    x = normed('pre_attention_norm', r_btd)
+    mask, positions = context.mask_bts, context.positions_bt
+    y, cache = attention(x, mask, positions, train, cache, context.cache_slot_b)
+    r_btd = residual(r_btd, y, narrow, train)
+
+    x = normed('pre_mlp_norm', r_btd)
+    sizes = (cfg.mlp_dim, dtype, cfg.init_scale, cfg.dropout_rate)
+    if not self.sparse:
+      y = Mlp(*sizes, name='mlp')(x, train)
+      return residual(r_btd, y, narrow, train), (cache, None)
+
+    wide = jnp.zeros((), bool)  # the float32 MoE output ends the narrow part of the stream
+    valid_bt = context.token_mask_bt1[..., 0] > 0
+    y, stats = MoeLayer(cfg.moe, *sizes, name='moe')(x, valid_bt, train)
+    r_btd = residual(r_btd, y, wide, train)
+    x = normed('pre_extra_mlp_norm', r_btd)
+    y = Mlp(*sizes, name='extra_mlp')(x, train)
+    return residual(r_btd, y, wide, train), (cache, stats)
+
+
+def _block(config: ModelConfig):
+  """Block with the configured rematerialisation."""
+  match config.remat:
+    case Remat.NONE:
+      return Block
+    case Remat.DOTS:
+      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    case Remat.FULL:
+      policy = None
+  return nn.remat(Block, policy=policy, prevent_cse=False)
+
+
+def _scanned(module, length: int, axis: str, in_axes):
+  return nn.scan(
+    module,
+    variable_axes={'params': 0},
+    split_rngs={'params': True, 'dropout': True},
+    in_axes=in_axes,
+    length=length,
+    metadata_params={nn.PARTITION_NAME: axis},
+  )
+
+
+class BlockGroup(nn.Module):
+  """The repeating unit: some dense blocks (scanned), then a sparse one if the model has any."""
+
+  config: ModelConfig
+  num_dense: int
+  sparse: bool
+  train: bool
+
+  @nn.compact
+  def __call__(self, r_btd: Array, cache: dict | None, narrow: Array, context: BlockContext):
+    cfg, block = self.config, _block(self.config)
+    cache = {} if cache is None else cache
+    new_cache, stats = {}, None
+    if self.num_dense:
+      dense = _scanned(block, self.num_dense, 'layers', (0, nn.broadcast, nn.broadcast))(
+        cfg, sparse=False, train=self.train, name='dense'
+      )
+      r_btd, (new_cache['dense'], _) = dense(r_btd, cache.get('dense'), narrow, context)
+    if self.sparse:
+      sparse = block(cfg, sparse=True, train=self.train, name='sparse')
+      r_btd, (new_cache['sparse'], stats) = sparse(r_btd, cache.get('sparse'), narrow, context)
+    return r_btd, (new_cache, stats)
+
+
+def group_shape(config: ModelConfig) -> tuple[int, int, bool]:
+  """(groups, dense blocks per group, whether a sparse block closes each group)."""
+  if config.num_sparse_layers:
+    return config.num_sparse_layers, config.sparse_period - 1, True
+  return 1, config.num_layers, False
+
+
+class OpenMoE(nn.Module):
+  """Decoder-only language model."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, batch: Batch, train: bool) -> ModelOutput:
+    """Runs packed rows; the loss takes hidden states and output kernel from the result."""
+    mask_bt = token_mask(batch.inputs)
+    positions = jnp.arange(batch.inputs.shape[1], dtype=jnp.int32)[None]
+    # Rotary positions count along the row and do not restart per segment, as released.
+    positions_bt = jnp.broadcast_to(positions, batch.inputs.shape)
+    context = BlockContext(training_mask(batch), mask_bt[..., None], positions_bt)
+    return self._run(batch.inputs, context, None, train)
+
+  @nn.compact
+  def decode(
+    self, tokens_bt: Array, positions_bt: Array, mask_bts: Array, cache: dict, cache_slot_b: Array
+  ) -> ModelOutput:
+    """Extends cached rows by t tokens.
+
+    Args:
+      tokens_bt: int32; positions < 0 mark padding.
+      positions_bt: int32 rotary positions; -1 for padding tokens.
+      mask_bts: bool over the s cache slots.
+      cache: from init_decode_cache or an earlier call.
+      cache_slot_b: int32 [b] first slot to write.
+    """
+    real_bt1 = (positions_bt >= 0)[..., None]
+    positions = jnp.maximum(positions_bt, 0)
+    context = BlockContext(mask_bts, real_bt1, positions, cache_slot_b)
+    return self._run(tokens_bt, context, cache, train=False)
+
+  def _run(self, tokens_bt, context: BlockContext, cache, train: bool) -> ModelOutput:
+    cfg, dtype = self.config, jnp.dtype(self.config.dtype)
+    context = context.replace(token_mask_bt1=context.token_mask_bt1.astype(dtype))
+    dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,), deterministic=not train)
+    r_btd = Embed(cfg.vocab_size, cfg.embed_dim, dtype, name='token_embedder')(tokens_bt)
+    r_btd = partitioning.shard(dropout(r_btd).astype(dtype), ACT)
+    groups, num_dense, sparse = group_shape(cfg)
+    if sparse:
+      r_btd = r_btd.astype(jnp.float32)
+    stack = _scanned(BlockGroup, groups, 'groups', (0, 0, nn.broadcast))(
+      cfg, num_dense, sparse, train, name='decoder'
+    )
+    first_g = jnp.arange(groups) == 0
+    r_btd, (new_cache, stats) = stack(r_btd, cache, first_g, context)
+    hidden = dropout(RMSNorm(dtype, cfg.norm_epsilon, name='decoder_norm')(r_btd))
+    hidden = hidden * context.token_mask_bt1
+    init = nn.initializers.variance_scaling(cfg.init_scale, 'fan_in', 'truncated_normal')
+    shape, axes = (cfg.embed_dim, cfg.vocab_size), ('embed', 'vocab')
+    kernel_dv = Kernel(shape, axes, init, name='logits_dense')()
+    return ModelOutput(hidden, kernel_dv, stats, None if cache is None else new_cache)
+
+
+def init_decode_cache(config: ModelConfig, batch: int, length: int) -> dict:
+  """Empty caches for `OpenMoE.decode`: {'dense': [g, l, b, s, n, h], 'sparse': [g, b, s, n, h]}."""
+  groups, num_dense, sparse = group_shape(config)
+  one = init_cache(batch, length, config.num_heads, config.head_dim, jnp.dtype(config.dtype))
+  stack = lambda *lead: jax.tree.map(lambda x: jnp.zeros(lead + x.shape, x.dtype), one)
+  cache = {}
+  if num_dense:
+    cache['dense'] = stack(groups, num_dense)
+  if sparse:
+    cache['sparse'] = stack(groups)
+  return cache

@@ -1,0 +1,336 @@
+"""The mesh, and the one table that maps logical axes to mesh axes.
+
+Model code names logical axes and is otherwise single-device code; only this file knows that the
+mesh is (data, expert, model). A computation sees the mesh that `jax.set_mesh` has put in place;
+with none in place every function here is the identity, so a layer runs alone in a test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from openmoe.config import ConfigError, DataConfig, MeshConfig, ModelConfig
+from openmoe.types import Array, PyTree
+
+DATA, EXPERT, MODEL = 'data', 'expert', 'model'
+MESH_AXES = (DATA, EXPERT, MODEL)
+
+# Logical axis -> mesh axes it is split over. Weights first, then activations (act_*).
+RULES: dict[str, tuple[str, ...]] = {
+  'vocab': (MODEL,),
+  'embed': (),
+  'heads': (MODEL,),
+  'mlp': (MODEL,),
+  'gate': (),  # the two halves of a double-width gate
+  'expert': (EXPERT,),
+  'expert_mlp': (MODEL,),
+  'router': (),  # the expert axis of the router kernel: every device scores every expert
+  'groups': (),  # scanned repetitions of a group of blocks
+  'layers': (),  # scanned dense blocks inside a group
+  'act_batch': (DATA, EXPERT),
+  'act_length': (),
+  'act_embed': (),
+  'act_embed_slice': (MODEL,),  # inside the expert exchange every model shard moves its slice
+  'act_heads': (MODEL,),
+  'act_mlp': (MODEL,),
+  'act_group': (DATA, EXPERT),
+}
+
+# FSDP is a one-row change: weights and optimizer state are also split over data.
+FSDP_OVERLAY: dict[str, tuple[str, ...]] = {'embed': (DATA,)}
+
+
+def axis_rules(fsdp: bool = False) -> dict[str, tuple[str, ...]]:
+  """The table for parameters and optimizer state."""
+  return RULES | FSDP_OVERLAY if fsdp else RULES
+
+
+def logical_to_spec(
+  axes: Sequence[str | None], rules: dict[str, tuple[str, ...]] | None = None
+) -> PartitionSpec:
+  """PartitionSpec of an array whose dimensions carry these logical axes (None: not split).
+
+  Raises:
+    ConfigError: an axis is not in the table, or two dimensions claim the same mesh axis.
+  """
+  rules = RULES if rules is None else rules
+  used: dict[str, str] = {}
+  entries = []
+  for axis in axes:
+    if axis is None:
+      entries.append(None)
+      continue
+    if axis not in rules:
+      raise ConfigError(f'Logical axis {axis!r} has no row in partitioning.RULES: {sorted(rules)}.')
+    for mesh_axis in rules[axis]:
+      if mesh_axis in used:
+        raise ConfigError(
+          f'Axes {tuple(axes)}: {used[mesh_axis]!r} and {axis!r} both map to mesh axis '
+          f'{mesh_axis!r}, which can split only one dimension of an array.'
+        )
+      used[mesh_axis] = axis
+    names = rules[axis]
+    entries.append(names if len(names) > 1 else names[0] if names else None)
+  return PartitionSpec(*entries)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+  """Arranges the devices as (data, expert, model); data takes what is left.
+
+  Raises:
+    ConfigError: the partitions do not divide the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  expert, model = config.num_expert_partitions, config.num_model_partitions
+  if len(devices) % (expert * model):
+    raise ConfigError(
+      f'{len(devices)} devices cannot be split into NUM_EXPERT_PARTITIONS={expert} x '
+      f'NUM_MODEL_PARTITIONS={model} = {expert * model}: the product must divide the devices.'
+    )
+  shape = (len(devices) // (expert * model), expert, model)
+  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def check_divisible(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+  """Refuses sizes that the mesh cannot split evenly.
+
+  Raises:
+    ConfigError: with the size, the mesh axis and what would fit.
+  """
+  mp, ep = mesh.shape[MODEL], mesh.shape[EXPERT]
+  sizes = {
+    'vocab_size': model.vocab_size,
+    'num_heads': model.num_heads,
+    'mlp_dim': model.mlp_dim,
+    'embed_dim': model.embed_dim,
+  }
+  for name, size in sizes.items():
+    if size % mp:
+      raise ConfigError(
+        f'{name}={size} does not divide by NUM_MODEL_PARTITIONS={mp}; '
+        f'choose one of {[p for p in range(1, mp + 1) if size % p == 0]}.'
+      )
+  if model.moe and model.moe.num_experts % ep:
+    experts = model.moe.num_experts
+    raise ConfigError(
+      f'num_experts={experts} does not divide by NUM_EXPERT_PARTITIONS={ep}; '
+      f'choose one of {[p for p in range(1, experts + 1) if experts % p == 0]}.'
+    )
+
+
+def check_batch(
+  model: ModelConfig, data: DataConfig, num_microbatches: int, mesh: jax.sharding.Mesh
+) -> None:
+  """Refuses batches that cannot be cut into microbatches, device rows and routing groups.
+
+  Raises:
+    ConfigError: with the numbers, the rule and the nearest batch or group size that fits.
+  """
+  shards = mesh.shape[DATA] * mesh.shape[EXPERT]
+  unit = shards * num_microbatches
+  if data.batch_size % unit:
+    raise ConfigError(
+      f'batch_size={data.batch_size} must be a multiple of data x expert partitions ({shards}) x '
+      f'num_microbatches ({num_microbatches}) = {unit}; the next that fits is '
+      f'{-(-data.batch_size // unit) * unit}.'
+    )
+  if model.moe is None:
+    return
+  tokens_per_shard = data.batch_size // unit * data.row_length
+  size = model.moe.group_size
+  if tokens_per_shard % size:
+    fits = [n for n in range(1, tokens_per_shard + 1) if tokens_per_shard % n == 0]
+    nearest = min(fits, key=lambda n: abs(n - size))
+    raise ConfigError(
+      f'group_size={size} does not divide the {tokens_per_shard} tokens that each of the {shards} '
+      f'data x expert partitions holds in one microbatch; the nearest that fits is {nearest}.'
+    )
+
+
+def current_mesh() -> jax.sharding.AbstractMesh | None:
+  """The mesh set by jax.set_mesh, or None."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty else mesh
+
+
+def shard(x: Array, axes: Sequence[str | None]) -> Array:
+  """Constrains an activation to the layout its logical axes imply."""
+  if current_mesh() is None:
+    return x
+  if len(axes) != x.ndim:
+    raise ValueError(f'{len(axes)} axes {tuple(axes)} for an array of shape {x.shape}.')
+  return jax.lax.with_sharding_constraint(x, logical_to_spec(axes))
+
+
+def mesh_axes(logical: str) -> tuple[str, ...]:
+  """Mesh axes that split a logical axis here; () without a mesh."""
+  return () if current_mesh() is None else RULES[logical]
+
+
+def partitions(logical: str) -> int:
+  """Into how many pieces a logical axis is split here."""
+  mesh = current_mesh()
+  return 1 if mesh is None else math.prod(mesh.shape[a] for a in RULES[logical])
+
+
+def per_shard(fn: Callable, in_axes: Sequence[PyTree], out_axes: PyTree, *args: PyTree) -> PyTree:
+  """Runs `fn` once per device on the local pieces of `args`; without a mesh, just `fn(*args)`.
+
+  Axes are tuples of logical names, one a dimension, in pytrees shaped like the arguments. What fn
+  returns must be summed over every mesh axis that its out_axes do not name; fn communicates with
+  `all_reduce`, `exchange`, `gather` and `reduce_scatter` below.
+  """
+  if current_mesh() is None:
+    return fn(*args)
+  is_axes = lambda a: isinstance(a, tuple) and all(x is None or isinstance(x, str) for x in a)
+  specs = partial(jax.tree.map, logical_to_spec, is_leaf=is_axes)
+  return jax.shard_map(fn, in_specs=specs(tuple(in_axes)), out_specs=specs(out_axes))(*args)
+
+
+def varying(x: Array) -> Array:
+  """Inside per_shard: marks a value (a loop's initial zeros, say) as differing between devices.
+
+  The transpose of the cast sums: the gradient of a weight that devices share is added up over
+  them where the weight was cast.
+  """
+  if current_mesh() is None:
+    return x
+  missing = tuple(a for a in MESH_AXES if a not in jax.typeof(x).vma)
+  return jax.lax.pcast(x, missing, to='varying') if missing else x
+
+
+def all_reduce(x: Array, logical: str) -> Array:
+  """Inside per_shard: sums over the devices that split a logical axis."""
+  axes = mesh_axes(logical)
+  return jax.lax.psum(x, axes) if axes else x
+
+
+def all_max(x: Array, logical: str) -> Array:
+  """Inside per_shard: elementwise maximum over the devices that split a logical axis."""
+  axes = mesh_axes(logical)
+  return jax.lax.pmax(x, axes) if axes else x
+
+
+def shard_index(logical: str) -> Array | int:
+  """Inside per_shard: which piece of a logical axis this device holds."""
+  axes = mesh_axes(logical)
+  return jax.lax.axis_index(axes) if axes else 0
+
+
+def gather(x: Array, logical: str, dim: int) -> Array:
+  """Inside per_shard: puts the pieces of a dimension together on every device."""
+  for axis in mesh_axes(logical):
+    x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
+  return x
+
+
+def reduce_scatter(x: Array, logical: str, dim: int) -> Array:
+  """Inside per_shard: sums over the devices, each keeping its piece of a dimension."""
+  for axis in mesh_axes(logical):
+    x = jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+  return x
+
+
+def exchange(x: Array, logical: str, split_dim: int, concat_dim: int) -> Array:
+  """Inside per_shard: all-to-all; splits one dimension over the devices, joins another."""
+  for axis in mesh_axes(logical):
+    x = jax.lax.all_to_all(x, axis, split_axis=split_dim, concat_axis=concat_dim, tiled=True)
+  return x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def exchange_rows(x_rd: Array, sizes_mm: Array, out_rows: int, logical: str) -> Array:
+  """Inside per_shard: all-to-all of row runs of different lengths.
+
+  Args:
+    x_rd: this device's rows, grouped by the device they go to, in device order.
+    sizes_mm: int32, sizes_mm[i, j] rows go from device i to device j; the same on all devices.
+    out_rows: rows of the result; arrived rows come first, by sending device, the rest is 0.
+    logical: axis whose devices exchange.
+  """
+  (axis,) = mesh_axes(logical)
+  me = jax.lax.axis_index(axis)
+  before = lambda sizes: jnp.cumsum(sizes, axis=-1) - sizes
+  starts_in = before(sizes_mm)  # where the run for j begins on i
+  starts_out = before(sizes_mm.T).T  # where the run from i begins on j
+  if jax.default_backend() != 'cpu':
+    return jax.lax.ragged_all_to_all(
+      x_rd,
+      varying(jnp.zeros((out_rows, x_rd.shape[1]), x_rd.dtype)),
+      starts_in[me],
+      sizes_mm[me],
+      starts_out[me],
+      sizes_mm[:, me],
+      axis_name=axis,
+    )
+  # XLA's CPU backend has no ragged all-to-all: gather everything and pick the same rows.
+  all_mrd = jax.lax.all_gather(x_rd, axis)
+  place_r = jnp.arange(out_rows)
+  ends_m = jnp.cumsum(sizes_mm[:, me])
+  sender_r = jnp.minimum(jnp.searchsorted(ends_m, place_r, side='right'), ends_m.size - 1)
+  row_r = place_r - starts_out[sender_r, me] + starts_in[sender_r, me]
+  rows = all_mrd[sender_r, jnp.clip(row_r, 0, x_rd.shape[0] - 1)]
+  return jnp.where((place_r < ends_m[-1])[:, None], rows, 0)
+
+
+def _exchange_rows_fwd(x_rd, sizes_mm, out_rows, logical):
+  return exchange_rows(x_rd, sizes_mm, out_rows, logical), (sizes_mm, x_rd.shape[0])
+
+
+def _exchange_rows_bwd(out_rows, logical, residuals, dy_rd):
+  sizes_mm, rows = residuals
+  return exchange_rows(dy_rd, sizes_mm.T, rows, logical), None
+
+
+exchange_rows.defvjp(_exchange_rows_fwd, _exchange_rows_bwd)
+
+
+def tree_shardings(
+  mesh: jax.sharding.Mesh, axes: PyTree, rules: dict[str, tuple[str, ...]]
+) -> PyTree:
+  """NamedShardings of a tree of logical-axis tuples (leaves: tuple of names, () for scalars)."""
+  return jax.tree.map(
+    lambda a: NamedSharding(mesh, logical_to_spec(a, rules)),
+    axes,
+    is_leaf=lambda a: isinstance(a, tuple),
+  )
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Rows over data x expert; the layout of every [b, t] field of a Batch."""
+  return NamedSharding(mesh, logical_to_spec(('act_batch', 'act_length')))
+
+
+def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[tuple[int, int]]:
+  """Sorted, disjoint [start, stop) row ranges of the global batch that this process feeds."""
+  index = batch_sharding(mesh).addressable_devices_indices_map((batch_size, 1)).values()
+  ranges = {(rows.start or 0, batch_size if rows.stop is None else rows.stop) for rows, _ in index}
+  return sorted(ranges)
+
+
+def place_rows(
+  mesh: jax.sharding.Mesh, batch_size: int, rows: dict[int, np.ndarray]
+) -> Array:
+  """A global [b, t] array from this process's rows, given as {first row: [n, t] array}."""
+  starts = sorted(rows)
+  length = rows[starts[0]].shape[1]
+
+  def piece(index: tuple[slice, ...]) -> np.ndarray:
+    start, stop = index[0].start or 0, index[0].stop
+    stop = batch_size if stop is None else stop
+    parts = []
+    for first in starts:
+      block = rows[first]
+      lo, hi = max(start, first), min(stop, first + len(block))
+      if lo < hi:
+        parts.append(block[lo - first : hi - first])
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+  return jax.make_array_from_callback((batch_size, length), batch_sharding(mesh), piece)
