@@ -34,7 +34,9 @@ CHAIN = (
 SIDE = {
   'hardware': set(),
   'data': {'types', 'config'},
-  'checkpoint': {'types', 'config'},
+  'manifest': set(),
+  'data_positions': set(),
+  'checkpoint': {'types', 'config', 'manifest', 'data_positions'},
   'display': {'hardware'},
   'metrics': {'config', 'hardware', 'display'},
   'report': {'config', 'hardware', 'metrics'},
