@@ -1,0 +1,1 @@
+"""Text to batches: objectives, packing and the resumable global stream. Needs TensorFlow."""

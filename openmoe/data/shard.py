@@ -1,0 +1,292 @@
+"""One logical shard: a seqio pipeline of its own, packed into rows, whose position can be saved.
+
+A shard depends on (config, seed, shard number) alone, never on the host that runs it. Its state is
+the TensorFlow iterator's own checkpoint (file offsets, shuffle buffers, random counters: no replay
+on restore) together with the examples and rows it has read but not yet given.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from openmoe.config import ConfigError, DataConfig
+from openmoe.data import features
+from openmoe.data.features import Example, Row
+
+# Examples handed from TensorFlow to Python at once.
+_GROUP = 16
+
+PROVENANCE = ('source', 'document_ids', 'objective')
+
+
+def shard_name(shard: int, num_shards: int) -> str:
+  """Key of a shard's state in a checkpoint."""
+  return f'shard_{shard:05d}-of-{num_shards:05d}'
+
+
+def shard_seed(seed: int, shard: int, num_shards: int) -> int:
+  """Seed of one shard's pipeline.
+
+  Shards must not share a seed: they would choose the same source and the same denoiser at the same
+  step. Bounded so that the numbers seqio adds to it stay in int32.
+  """
+  digest = hashlib.sha256(f'{seed}/{shard}/{num_shards}'.encode()).digest()
+  return int.from_bytes(digest[:4], 'little') % 2_000_000_000
+
+
+def find_provider(name: str) -> seqio.Task | seqio.Mixture:
+  """The registered task or mixture.
+
+  Raises:
+    ConfigError: with the nearest names.
+  """
+  known = list(seqio.MixtureRegistry.names()) + list(seqio.TaskRegistry.names())
+  if name not in known:
+    near = seqio.dataset_providers._get_closest_names(known, name)[:3] if known else []
+    hint = f' Nearest: {", ".join(near)}.' if near else ' None is registered: import its module.'
+    raise ConfigError(f'mixture_or_task_name={name!r} is not registered.{hint}')
+  return seqio.get_mixture_or_task(name)
+
+
+def rates(provider: seqio.Task | seqio.Mixture) -> dict[str, float]:
+  """Rate of each task of a mixture; 1 for a task by itself."""
+  if isinstance(provider, seqio.Task):
+    return {provider.name: 1.0}
+  return {task.name: float(provider.get_rate(task)) for task in provider.tasks}
+
+
+def signature(config: DataConfig) -> dict[str, object]:
+  """What a saved position is only valid for. The batch size is not part: shards give rows."""
+  fields = dataclasses.asdict(config)
+  del fields['batch_size']
+  fields['task_feature_lengths'] = dict(config.task_feature_lengths)
+  fields['rates'] = rates(find_provider(config.mixture_or_task_name))
+  return fields
+
+
+class Shard:
+  """Rows of one logical shard, one after the other."""
+
+  def __init__(self, config: DataConfig, shard: int):
+    """Builds the pipeline; reads nothing yet.
+
+    Raises:
+      ConfigError: unknown mixture, missing data, split or vocabulary.
+    """
+    self.name = shard_name(shard, config.num_shards)
+    self._config = config
+    self._shard = shard
+    self._provider = find_provider(config.mixture_or_task_name)
+    vocabulary = self._provider.output_features['targets'].vocabulary
+    self._vocab_size = vocabulary.vocab_size
+    self._iterator = iter(self._dataset())
+    self._packer = features.Packer(config.row_length, features.OPEN_ROWS if config.pack else 0)
+    self._examples: collections.deque[Example] = collections.deque()
+    self._rows: collections.deque[Row] = collections.deque()
+    self._ended = False
+
+  def _dataset(self) -> tf.data.Dataset:
+    config = self._config
+    missing = set(config.task_feature_lengths) - set(self._provider.output_features)
+    if missing:
+      raise ConfigError(
+        f'{config.mixture_or_task_name} has no feature {sorted(missing)}; leave it out of '
+        'task_feature_lengths.'
+      )
+    if config.split not in self._provider.splits:
+      raise ConfigError(
+        f'{config.mixture_or_task_name} has no split {config.split!r}, only '
+        f'{sorted(self._provider.splits)}.'
+      )
+    arguments = {
+      'sequence_length': dict(config.task_feature_lengths),
+      'split': config.split,
+      'use_cached': config.use_cached,
+      'shuffle': config.shuffle,
+      'seed': shard_seed(config.seed, self._shard, config.num_shards),
+      'shard_info': seqio.ShardInfo(index=self._shard, num_shards=config.num_shards),
+      'num_epochs': config.num_epochs,
+      # A memory cache would be written into every saved position.
+      'try_in_mem_cache': False,
+    }
+    if isinstance(self._provider, seqio.Mixture):
+      arguments['passthrough_features'] = PROVENANCE
+      arguments['log_mixing_proportions'] = False
+    dataset = self._provider.get_dataset(**arguments)
+    dataset = dataset.map(self._select).ragged_batch(_GROUP).prefetch(2)
+    options = tf.data.Options()
+    options.deterministic = True
+    # Buffers that grow with the memory they find would grow the saved position as well.
+    options.autotune.ram_budget = 256 << 20
+    return dataset.with_options(options)
+
+  def _select(self, example):
+    wanted = {
+      'inputs': tf.zeros([0], tf.int32),
+      'source': tf.constant('', tf.string),
+      'document_ids': tf.constant([-1, -1], tf.int64),
+      'objective': tf.constant(-1, tf.int32),
+    }
+    wanted.update({k: example[k] for k in wanted if k in example})
+    if 'inputs' not in self._config.task_feature_lengths:
+      wanted['inputs'] = tf.zeros([0], tf.int32)
+    wanted['targets'] = example['targets']
+    for key in ('inputs', 'targets'):
+      wanted[key] = tf.cast(wanted[key], tf.int32)
+    wanted['document_ids'] = tf.ensure_shape(wanted['document_ids'], [2])
+    return wanted
+
+  def _read(self) -> None:
+    """Takes the next group of examples from TensorFlow."""
+    try:
+      group = next(self._iterator)
+    except StopIteration:
+      if self._config.num_epochs is None:
+        raise ConfigError(self._why_empty()) from None
+      self._ended = True
+      return
+    except tf.errors.OpError as error:
+      raise ConfigError(f'{self.name} cannot read its data: {error.message}') from error
+    sides = []
+    for key in ('inputs', 'targets'):
+      values, splits = group[key].flat_values.numpy(), group[key].row_splits.numpy()
+      if len(values) and (values.max() >= self._vocab_size or values.min() < 0):
+        bad = values[(values >= self._vocab_size) | (values < 0)][0]
+        raise ConfigError(
+          f'{self.name} of {self._config.mixture_or_task_name} gave token id {bad}, outside the '
+          f'vocabulary of {self._vocab_size}: was it cached with another vocabulary?'
+        )
+      sides.append(np.split(values, splits[1:-1]))
+    sources = group['source'].numpy()
+    documents, objectives = group['document_ids'].numpy(), group['objective'].numpy()
+    for i, (inputs, targets) in enumerate(zip(*sides, strict=True)):
+      if not len(targets):
+        continue  # nothing to predict: no loss, no row
+      ids = (int(documents[i, 0]), int(documents[i, 1]))
+      label = sources[i].decode()
+      self._examples.append(Example(inputs, targets, label, ids, int(objectives[i])))
+
+  def _why_empty(self) -> str:
+    config = self._config
+    tasks = getattr(self._provider, 'tasks', [self._provider])
+    info = seqio.ShardInfo(index=self._shard, num_shards=config.num_shards)
+    empty = []
+    for task in tasks:
+      if config.split not in task.splits:
+        continue
+      source = task.source
+      options = {'split': config.split, 'shuffle': False}
+      few = not source.supports_arbitrary_sharding
+      if few and len(source.list_shards(config.split)) < config.num_shards:
+        found = source.get_dataset(**options).shard(info.num_shards, info.index)
+      else:
+        found = source.get_dataset(shard_info=info, **options)
+      if not list(found.take(1)):
+        empty.append(task.name)
+    return (
+      f'{self.name} of {config.mixture_or_task_name} (split {config.split}) has no documents'
+      f'{" in " + ", ".join(empty) if empty else ""}: num_shards={config.num_shards} is more '
+      'than there are documents or files. Give more data, or lower num_shards.'
+    )
+
+  def next_row(self) -> Row | None:
+    """The next row; None when the data has ended (never with num_epochs=None)."""
+    while not self._rows:
+      while not self._examples and not self._ended:
+        self._read()
+      if not self._examples:
+        rows = self._packer.flush()
+        if not rows:
+          return None
+        self._rows.extend(rows)
+      else:
+        self._rows.extend(self._packer.add(self._examples.popleft()))
+    return self._rows.popleft()
+
+  def state(self, pending: Sequence[Row] = ()) -> bytes:
+    """The position, such that a restored shard gives `pending` first.
+
+    Args:
+      pending: rows already taken from next_row but not yet used by anybody.
+    """
+    rows = [*pending, *self._rows]
+    groups = [*rows, *(tuple(row) for row in self._packer.open)]
+    examples = [e for row in groups for e in row] + list(self._examples)
+    header = {
+      'signature': signature(self._config),
+      'shard': self._shard,
+      'row_sizes': [len(row) for row in rows],
+      'open_sizes': [len(row) for row in self._packer.open],
+      'ended': self._ended,
+    }
+    arrays = features.pack_examples(examples)
+    files = _save_iterator(self._iterator)
+    for name, content in files.items():
+      arrays[f'file:{name}'] = np.frombuffer(content, np.uint8)
+    arrays['header'] = np.array(json.dumps(header, sort_keys=True))
+    out = io.BytesIO()
+    np.savez_compressed(out, **arrays)
+    return out.getvalue()
+
+  def restore(self, state: bytes) -> None:
+    """Continues after the batch the state was taken at.
+
+    Raises:
+      ConfigError: if the state belongs to another mixture, seed, length or sharding.
+    """
+    with np.load(io.BytesIO(state), allow_pickle=False) as loaded:
+      arrays = dict(loaded)
+    header = json.loads(str(arrays['header']))
+    mine = json.loads(json.dumps(signature(self._config)))
+    differing = {k: (header['signature'].get(k), v) for k, v in mine.items()
+                 if header['signature'].get(k) != v}  # fmt: skip
+    if header['shard'] != self._shard:
+      differing['shard'] = (header['shard'], self._shard)
+    if differing:
+      told = ', '.join(f'{k}: saved {old!r}, now {new!r}' for k, (old, new) in differing.items())
+      raise ConfigError(
+        f'The saved data position of {self.name} is of another data stream ({told}). Use the '
+        'settings it was saved with, or start a new run directory.'
+      )
+    files = {k[5:]: v.tobytes() for k, v in arrays.items() if k.startswith('file:')}
+    _load_iterator(self._iterator, files)
+    examples = iter(features.unpack_examples(arrays))
+    self._rows = collections.deque(_take_rows(examples, header['row_sizes']))
+    self._packer.reopen(_take_rows(examples, header['open_sizes']))
+    self._examples = collections.deque(examples)
+    self._ended = header['ended']
+
+
+def _take_rows(examples: Iterator[Example], sizes: Sequence[int]) -> list[Row]:
+  return [tuple(next(examples) for _ in range(size)) for size in sizes]
+
+
+def _save_iterator(iterator) -> dict[str, bytes]:
+  """The files of tf.train.Checkpoint(iterator), by name."""
+  with tempfile.TemporaryDirectory(prefix='openmoe-data-') as folder:
+    tf.train.Checkpoint(iterator=iterator).write(os.path.join(folder, 'position'))
+    files = {}
+    for name in sorted(os.listdir(folder)):
+      with open(os.path.join(folder, name), 'rb') as f:
+        files[name] = f.read()
+    return files
+
+
+def _load_iterator(iterator, files: dict[str, bytes]) -> None:
+  with tempfile.TemporaryDirectory(prefix='openmoe-data-') as folder:
+    for name, content in files.items():
+      with open(os.path.join(folder, name), 'wb') as f:
+        f.write(content)
+    checkpoint = tf.train.Checkpoint(iterator=iterator)
+    checkpoint.read(os.path.join(folder, 'position')).assert_consumed()

@@ -1,0 +1,213 @@
+"""The resumable global stream of batches.
+
+The global batch at a step is the rows of `num_shards` logical shards, in shard order, whoever owns
+them; so it is the same on any number of hosts and after any restart. A host iterates over the
+shards it owns and saves one entry per shard; another division of the hosts reads the same entries.
+
+Rows are read ahead in a background thread. A saved position holds what was read ahead as well, so
+it is exact at the last batch that was yielded and replays nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+
+from openmoe.config import ConfigError, DataConfig
+from openmoe.data import features
+from openmoe.data.features import Row
+from openmoe.data.shard import Shard, shard_name
+from openmoe.types import Batch
+
+# Batches read ahead.
+_AHEAD = 4
+
+
+def host_shards(num_shards: int, process_index: int, process_count: int) -> range:
+  """Shards owned by a host: contiguous, so that hosts hold contiguous rows of the global batch.
+
+  Raises:
+    ConfigError: if the hosts do not divide the shards.
+  """
+  if num_shards % process_count:
+    raise ConfigError(
+      f'num_shards={num_shards} is not a multiple of the {process_count} hosts: every host owns '
+      'the same number of logical shards. Change num_shards (a new data order) or the hosts.'
+    )
+  each = num_shards // process_count
+  return range(process_index * each, (process_index + 1) * each)
+
+
+def _check_shards(config: DataConfig, shard_ids: Sequence[int]) -> list[int]:
+  ids = list(shard_ids)
+  if not ids or sorted(set(ids)) != ids or ids[0] < 0 or ids[-1] >= config.num_shards:
+    raise ConfigError(
+      f'shard_ids={ids} must be increasing numbers in 0..{config.num_shards - 1} (num_shards).'
+    )
+  return ids
+
+
+class ShardedStream:
+  """Iterator over the numpy Batches of some logical shards; a context manager.
+
+  A Batch holds batch_size / num_shards rows of each shard, in shard order.
+  """
+
+  def __init__(self, config: DataConfig, shard_ids: Sequence[int]):
+    """Opens the shards' pipelines; reading starts with the first batch.
+
+    Raises:
+      ConfigError: unknown mixture (nearest names shown), missing split, data or vocabulary.
+    """
+    self._config = config
+    self._ids = _check_shards(config, shard_ids)
+    self._rows_each = config.batch_size // config.num_shards
+    self._shards = [Shard(config, shard) for shard in self._ids]
+    self._ready: collections.deque[list[list[Row]]] = collections.deque()
+    self._error: BaseException | None = None
+    self._closed = False
+    self._thread: threading.Thread | None = None
+    # _working is held while rows move from the shards to _ready: whoever holds it sees both whole.
+    self._working = threading.Lock()
+    self._changed = threading.Condition()
+    self.last_rows: list[Row] = []
+
+  def __enter__(self) -> ShardedStream:
+    return self
+
+  def __exit__(self, *unused) -> None:
+    self.close()
+
+  def __iter__(self) -> ShardedStream:
+    return self
+
+  def _read_batch(self) -> list[list[Row]] | None:
+    """Rows of one batch by shard, or None when the data has ended for all of them."""
+    rows = [[s.next_row() for _ in range(self._rows_each)] for s in self._shards]
+    if all(row is None for of_shard in rows for row in of_shard):
+      return None
+    # A shard that ended before the others pads with empty rows, which carry no loss.
+    return [[row or () for row in of_shard] for of_shard in rows]
+
+  def _produce(self) -> None:
+    error: BaseException | None = None
+    while error is None:
+      with self._changed:
+        self._changed.wait_for(lambda: self._closed or len(self._ready) < _AHEAD)
+        if self._closed:
+          return
+      with self._working:
+        try:
+          rows = self._read_batch()
+        except Exception as found:  # noqa: BLE001 (the consumer raises it)
+          error = found
+        else:
+          if rows is None:
+            error = StopIteration()
+          else:
+            with self._changed:
+              self._ready.append(rows)
+              self._changed.notify_all()
+    with self._changed:
+      self._error = error
+      self._changed.notify_all()
+
+  def __next__(self) -> Batch:
+    """The next batch; numpy fields of shape [len(shard_ids) * rows per shard, row_length].
+
+    Raises:
+      StopIteration: at the end of a finite dataset.
+      ConfigError, OSError...: whatever stopped the reading thread.
+    """
+    if self._closed:
+      raise RuntimeError('The stream is closed.')
+    if self._thread is None:
+      self._thread = threading.Thread(target=self._produce, name='data-stream', daemon=True)
+      self._thread.start()
+    with self._changed:
+      self._changed.wait_for(lambda: self._ready or self._error is not None)
+      if not self._ready:
+        if isinstance(self._error, StopIteration):
+          raise StopIteration
+        raise self._error
+      rows = self._ready.popleft()
+      self._changed.notify_all()
+    self.last_rows = [row for of_shard in rows for row in of_shard]
+    return features.batch_rows(self.last_rows, self._config.task_feature_lengths)
+
+  def state(self) -> dict[str, bytes]:
+    """The position after the last batch yielded: one opaque entry per owned shard.
+
+    Raises:
+      whatever stopped the reading thread.
+    """
+    with self._working:
+      if self._error is not None and not isinstance(self._error, StopIteration):
+        raise self._error
+      entries = {}
+      for index, shard in enumerate(self._shards):
+        pending = [row for rows in self._ready for row in rows[index]]
+        entries[shard.name] = shard.state(pending)
+      return entries
+
+  def restore(self, entries: Mapping[str, bytes]) -> None:
+    """Continues where state() was taken; entries may come from several hosts' states.
+
+    Only before the first batch is taken.
+
+    Raises:
+      ConfigError: a shard's entry is missing or belongs to another stream.
+    """
+    if self._thread is not None:
+      raise RuntimeError('restore() must come before the first batch is taken.')
+    for number, shard in zip(self._ids, self._shards, strict=True):
+      if shard.name not in entries:
+        raise ConfigError(
+          f'The saved data position has no {shard_name(number, self._config.num_shards)}, only '
+          f'{sorted(entries)}: num_shards must stay what the run began with.'
+        )
+      shard.restore(entries[shard.name])
+
+  def close(self) -> None:
+    """Stops the reading thread; may be called twice."""
+    with self._changed:
+      self._closed = True
+      self._changed.notify_all()
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+
+
+def evaluation_batches(
+  config: DataConfig, num_batches: int, shard_ids: Sequence[int] | None = None
+) -> Iterator[Batch]:
+  """The first num_batches batches of one pass over config.split: the same ones every time.
+
+  Args:
+    config: shuffle should be off; num_epochs None is read as 1.
+    num_batches: at most so many; a split that ends early gives fewer, the last padded with empty
+      rows.
+    shard_ids: shards of this host; None is all. With several hosts no one knows where the others'
+      shards end, so with shard_ids there are always num_batches, padding where need be.
+
+  Raises:
+    ConfigError: if the split gives no batch at all, or as ShardedStream.
+  """
+  once = dataclasses.replace(config, num_epochs=config.num_epochs or 1)
+  ids = range(config.num_shards) if shard_ids is None else shard_ids
+  found = 0
+  with ShardedStream(once, ids) as stream:
+    for batch in itertools.islice(stream, num_batches):
+      found += 1
+      yield batch
+  if num_batches and not found:
+    raise ConfigError(
+      f'Split {config.split!r} of {config.mixture_or_task_name} gave no batch; give it more data.'
+    )
+  if shard_ids is not None:
+    rows = [()] * (config.batch_size // config.num_shards * len(ids))
+    for _ in range(num_batches - found):
+      yield features.batch_rows(rows, config.task_feature_lengths)

@@ -1,0 +1,141 @@
+"""SentencePiece vocabularies with sentinels: opening one from a path, training one on the spot.
+
+Ids: 0 padding, 1 EOS, 2 unknown; sentinels are extra ids appended at the end, <extra_id_0> last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable
+
+import sentencepiece
+import seqio
+import tensorflow as tf
+
+from openmoe.config import ConfigError
+
+# umT5's 256000 pieces and 300 sentinels, as in every released run.
+UMT5_EXTRA_IDS = 300
+
+# Names under which Hugging Face folders keep their model.
+_MODEL_NAMES = (
+  'spiece.model',
+  'sentencepiece.model',
+  'sentencepiece.bpe.model',
+  'tokenizer.model',
+)
+
+
+class Vocabulary(seqio.SentencePieceVocabulary):
+  """A seqio SentencePiece vocabulary whose file is looked up when it is first used.
+
+  Tasks are registered at import, when nobody has said yet where the data lies; so the path may be
+  a function, called at first use.
+  """
+
+  def __init__(self, path: str | Callable[[], str], extra_ids: int = UMT5_EXTRA_IDS):
+    """Nothing is read yet.
+
+    Args:
+      path: a model file, or a folder that holds one (local or gs://), or a function giving it.
+      extra_ids: sentinels appended to the pieces.
+    """
+    super().__init__('', extra_ids=extra_ids)
+    self._path = path
+
+  @property
+  def sentencepiece_model_file(self) -> str:
+    """The model file, found.
+
+    Raises:
+      ConfigError: naming the path, when there is none.
+    """
+    return find_model(self._path() if callable(self._path) else self._path)
+
+  def _model_context(self):
+    if not self._model:
+      self._sentencepiece_model_file = self.sentencepiece_model_file
+      super()._model_context()
+      pieces = self._model.tokenizer
+      found = (pieces.pad_id(), pieces.eos_id(), pieces.unk_id())
+      if found != (0, 1, 2):
+        raise ConfigError(
+          f'{self._sentencepiece_model_file} has pad, eos, unk = {found}; they must be 0, 1, 2. '
+          'Train it with those ids, or choose another model.'
+        )
+    return self._model
+
+  def __eq__(self, other):
+    if not isinstance(other, Vocabulary):
+      return False
+    return (self._path, self.extra_ids) == (other._path, other.extra_ids)
+
+  def __hash__(self):
+    return hash((self._path, self.extra_ids))
+
+  def fingerprint(self) -> str:
+    """Tells vocabularies apart by content: a hash of pieces and sentinels."""
+    return hashlib.sha256(self.sp_model).hexdigest()[:16]
+
+
+def find_model(path: str) -> str:
+  """The SentencePiece model at `path`, a file or a folder with one.
+
+  Raises:
+    ConfigError: if there is none.
+  """
+  if not path:
+    raise ConfigError('The vocabulary path is empty; give a SentencePiece model file or folder.')
+  if tf.io.gfile.isdir(path):
+    for name in _MODEL_NAMES:
+      if tf.io.gfile.exists(os.path.join(path, name)):
+        return os.path.join(path, name)
+    raise ConfigError(f'{path} holds none of {list(_MODEL_NAMES)}; give the model file itself.')
+  if not tf.io.gfile.exists(path):
+    raise ConfigError(
+      f'There is no SentencePiece model at {path}. Copy it there, or give the path of yours.'
+    )
+  return path
+
+
+def train_vocabulary(path: str, texts: Iterable[str], pieces: int) -> None:
+  """Trains a lossless BPE model and puts it at `path` in one rename.
+
+  Lossless: text comes back exactly, indentation and newlines included, and any byte can be
+  encoded. The same texts give the same file.
+
+  Args:
+    path: of the model file.
+    texts: training text.
+    pieces: vocabulary size without sentinels; at least 300 for the bytes and specials.
+  """
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(texts),
+    model_writer=model,
+    vocab_size=pieces,
+    model_type='bpe',
+    byte_fallback=True,
+    normalization_rule_name='identity',
+    remove_extra_whitespaces=False,
+    add_dummy_prefix=False,
+    allow_whitespace_only_pieces=True,
+    split_by_whitespace=True,
+    user_defined_symbols=['\n'],
+    character_coverage=1.0,
+    max_sentence_length=1 << 20,
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+    num_threads=1,
+    minloglevel=2,
+  )
+  folder = os.path.dirname(os.path.abspath(path))
+  os.makedirs(folder, exist_ok=True)
+  temporary = f'{path}.tmp{os.getpid()}'
+  with open(temporary, 'wb') as f:
+    f.write(model.getvalue())
+  os.replace(temporary, path)

@@ -1,0 +1,1 @@
+"""seqio registrations: data, not logic. Import a module to register its tasks."""
