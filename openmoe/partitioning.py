@@ -160,6 +160,11 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
   return None if mesh.empty else mesh
 
 
+def without_mesh():
+  """Context in which layers run unsharded: parameter initialisers are traced on a toy batch."""
+  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
 def shard(x: Array, axes: Sequence[str | None]) -> Array:
   """Constrains an activation to the layout its logical axes imply."""
   if current_mesh() is None:
@@ -202,7 +207,7 @@ def varying(x: Array) -> Array:
   """
   if current_mesh() is None:
     return x
-  missing = tuple(a for a in MESH_AXES if a not in jax.typeof(x).vma)
+  missing = tuple(a for a in MESH_AXES if a not in jax.typeof(x).mat.varying)
   return jax.lax.pcast(x, missing, to='varying') if missing else x
 
 

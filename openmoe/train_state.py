@@ -46,7 +46,8 @@ def abstract_params(config: ModelConfig) -> tuple[PyTree, PyTree]:
   """(shapes, logical axes) of the parameters, without allocating any."""
   model = build_model(config)
   init = lambda: model.init(jax.random.key(0), empty_batch(1, 8), train=False)
-  boxed = jax.eval_shape(init)['params']
+  with partitioning.without_mesh():
+    boxed = jax.eval_shape(init)['params']
   axes = jax.tree.map(
     lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
   )
@@ -57,7 +58,8 @@ def init_state(
   model: nn.Module, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
   """Step 0. A function of the seed alone: threefry keys, the same on every mesh."""
-  variables = model.init(jax.random.key(seed), empty_batch(1, 8), train=False)
+  with partitioning.without_mesh():
+    variables = model.init(jax.random.key(seed), empty_batch(1, 8), train=False)
   params = nn.unbox(variables['params'])
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
