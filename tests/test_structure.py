@@ -34,12 +34,14 @@ CHAIN = (
 SIDE = {
   'hardware': set(),
   'data': {'types', 'config'},
+  'feed': {'types', 'config', 'data', 'partitioning'},
   'manifest': set(),
   'data_positions': set(),
   'checkpoint': {'types', 'config', 'manifest', 'data_positions'},
   'display': {'hardware'},
   'metrics': {'config', 'hardware', 'display'},
-  'report': {'config', 'hardware', 'metrics'},
+  'report': {'metrics'},
+  'run_record': {'metrics'},
 }
 # The other packages: what each may import of ours.
 PACKAGES = {
