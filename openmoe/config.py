@@ -349,6 +349,8 @@ class TrainConfig:
     checkpoint_period, keep_checkpoints: save every so many steps, keep the newest so many.
     log_period: steps between metric records.
     router_period: steps between per-layer, per-expert load records.
+    sample_prompts, sample_tokens: texts to continue greedily when the run is complete, and by how
+      many tokens.
   """
 
   model_dir: str
@@ -361,6 +363,8 @@ class TrainConfig:
   keep_checkpoints: int = 5
   log_period: int = 10
   router_period: int = 10
+  sample_prompts: tuple[str, ...] = ()
+  sample_tokens: int = 48
 
   def __post_init__(self):
     _positive(self, 'total_steps', 'num_microbatches', 'checkpoint_period', 'keep_checkpoints')

@@ -13,7 +13,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from openmoe.config import ConfigError, DataConfig, MeshConfig, ModelConfig
@@ -81,20 +80,25 @@ def logical_to_spec(
   return PartitionSpec(*entries)
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-  """Arranges the devices as (data, expert, model); data takes what is left.
+def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
+  """(data, expert, model) sizes for this many devices; data takes what is left.
 
   Raises:
     ConfigError: the partitions do not divide the number of devices.
   """
-  devices = jax.devices() if devices is None else devices
   expert, model = config.num_expert_partitions, config.num_model_partitions
-  if len(devices) % (expert * model):
+  if device_count % (expert * model):
     raise ConfigError(
-      f'{len(devices)} devices cannot be split into NUM_EXPERT_PARTITIONS={expert} x '
+      f'{device_count} devices cannot be split into NUM_EXPERT_PARTITIONS={expert} x '
       f'NUM_MODEL_PARTITIONS={model} = {expert * model}: the product must divide the devices.'
     )
-  shape = (len(devices) // (expert * model), expert, model)
+  return device_count // (expert * model), expert, model
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+  """Arranges the devices (default: all) as (data, expert, model)."""
+  devices = jax.devices() if devices is None else devices
+  shape = mesh_shape(config, len(devices))
   return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
@@ -297,45 +301,6 @@ def _exchange_rows_bwd(out_rows, logical, residuals, dy_rd):
 exchange_rows.defvjp(_exchange_rows_fwd, _exchange_rows_bwd)
 
 
-def tree_shardings(
-  mesh: jax.sharding.Mesh, axes: PyTree, rules: dict[str, tuple[str, ...]]
-) -> PyTree:
-  """NamedShardings of a tree of logical-axis tuples (leaves: tuple of names, () for scalars)."""
-  return jax.tree.map(
-    lambda a: NamedSharding(mesh, logical_to_spec(a, rules)),
-    axes,
-    is_leaf=lambda a: isinstance(a, tuple),
-  )
-
-
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   """Rows over data x expert; the layout of every [b, t] field of a Batch."""
   return NamedSharding(mesh, logical_to_spec(('act_batch', 'act_length')))
-
-
-def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[tuple[int, int]]:
-  """Sorted, disjoint [start, stop) row ranges of the global batch that this process feeds."""
-  index = batch_sharding(mesh).addressable_devices_indices_map((batch_size, 1)).values()
-  ranges = {(rows.start or 0, batch_size if rows.stop is None else rows.stop) for rows, _ in index}
-  return sorted(ranges)
-
-
-def place_rows(
-  mesh: jax.sharding.Mesh, batch_size: int, rows: dict[int, np.ndarray]
-) -> Array:
-  """A global [b, t] array from this process's rows, given as {first row: [n, t] array}."""
-  starts = sorted(rows)
-  length = rows[starts[0]].shape[1]
-
-  def piece(index: tuple[slice, ...]) -> np.ndarray:
-    start, stop = index[0].start or 0, index[0].stop
-    stop = batch_size if stop is None else stop
-    parts = []
-    for first in starts:
-      block = rows[first]
-      lo, hi = max(start, first), min(stop, first + len(block))
-      if lo < hi:
-        parts.append(block[lo - first : hi - first])
-    return np.concatenate(parts) if len(parts) > 1 else parts[0]
-
-  return jax.make_array_from_callback((batch_size, length), batch_sharding(mesh), piece)

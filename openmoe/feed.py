@@ -1,0 +1,119 @@
+"""From the rows this process reads to arrays that are global over the mesh.
+
+A process reads the logical shards of the stream whose rows its devices need; where a model axis
+spans processes, several read the same shard, and only the first of them saves its position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from openmoe.config import ConfigError, DataConfig
+from openmoe.data.stream import ShardedStream, evaluation_batches
+from openmoe.partitioning import batch_sharding
+from openmoe.types import Array, Batch
+
+
+def _shards_of_rows(config: DataConfig, rows: slice) -> range:
+  each = config.batch_size // config.num_shards
+  start = rows.start or 0
+  stop = config.batch_size if rows.stop is None else rows.stop
+  return range(start // each, -(-stop // each))
+
+
+def shard_owners(mesh: jax.sharding.Mesh, config: DataConfig) -> dict[int, list[int]]:
+  """Logical shard -> sorted indices of the processes whose devices need its rows.
+
+  Raises:
+    ConfigError: the mesh cannot split the rows.
+  """
+  pieces = mesh.shape['data'] * mesh.shape['expert']
+  if config.batch_size % pieces:
+    raise ConfigError(
+      f'batch_size={config.batch_size} of split {config.split!r} does not divide over data x '
+      f'expert = {pieces} devices; use a multiple of {pieces}.'
+    )
+  owners: dict[int, set[int]] = {shard: set() for shard in range(config.num_shards)}
+  shape = (config.batch_size, config.row_length)
+  for device, (rows, _) in batch_sharding(mesh).devices_indices_map(shape).items():
+    for shard in _shards_of_rows(config, rows):
+      owners[shard].add(device.process_index)
+  return {shard: sorted(processes) for shard, processes in owners.items()}
+
+
+class Feed:
+  """Iterator over global batches on the mesh; a context manager.
+
+  Attributes:
+    last: the local numpy rows of the newest batch, for error reports.
+  """
+
+  def __init__(self, mesh: jax.sharding.Mesh, config: DataConfig):
+    owners, me = shard_owners(mesh, config), jax.process_index()
+    self._mesh, self._config = mesh, config
+    self._shards = [shard for shard, processes in owners.items() if me in processes]
+    self._saves = [shard for shard in self._shards if owners[shard][0] == me]
+    self._stream = ShardedStream(config, self._shards)
+    self.last: Batch | None = None
+
+  def __enter__(self) -> Feed:
+    return self
+
+  def __exit__(self, *unused) -> None:
+    self._stream.close()
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    self.last = next(self._stream)
+    return place(self._mesh, self._config, self._shards, self.last)
+
+  def state(self) -> dict[str, bytes]:
+    """Stream positions that this process saves, by shard."""
+    entries = self._stream.state()
+    return {
+      name: entries[name] for name, shard in zip(entries, self._shards, strict=True)
+      if shard in self._saves
+    }
+
+  def restore(self, entries: dict[str, bytes]) -> None:
+    self._stream.restore(entries)
+
+
+def evaluation_feed(
+  mesh: jax.sharding.Mesh, config: DataConfig, num_batches: int
+) -> list[Batch]:
+  """The same global batches every time, on the mesh.
+
+  One process alone gives what the split holds; several give num_batches, padded where it ends.
+  """
+  owners, me = shard_owners(mesh, config), jax.process_index()
+  mine = [shard for shard, processes in owners.items() if me in processes]
+  shards = None if jax.process_count() == 1 else mine
+  batches = evaluation_batches(config, num_batches, shards)
+  return [place(mesh, config, mine, batch) for batch in batches]
+
+
+def place(
+  mesh: jax.sharding.Mesh, config: DataConfig, shards: list[int], local: Batch
+) -> Batch:
+  """Local rows, in shard order, as global [b, t] arrays."""
+  each = config.batch_size // config.num_shards
+  where = {shard: i * each for i, shard in enumerate(shards)}
+  sharding = batch_sharding(mesh)
+
+  def globalise(rows: np.ndarray) -> Array:
+    def piece(index: tuple[slice, ...]) -> np.ndarray:
+      wanted = _shards_of_rows(config, index[0])
+      first = wanted[0]
+      block = np.concatenate([rows[where[s] : where[s] + each] for s in wanted])
+      start, stop, _ = index[0].indices(config.batch_size)
+      return block[start - first * each : stop - first * each]
+
+    return jax.make_array_from_callback((config.batch_size, rows.shape[1]), sharding, piece)
+
+  return jax.tree.map(globalise, local)

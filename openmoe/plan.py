@@ -1,0 +1,149 @@
+"""What a run will cost, known before anything is allocated: parameters, bytes, FLOPs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import flax.traverse_util
+import jax
+
+from openmoe import partitioning
+from openmoe.config import Dispatch, MeshConfig, ModelConfig, OptimizerConfig
+from openmoe.optimizer import make_optimizer
+from openmoe.train_state import (
+  TrainState,
+  abstract_params,
+  active_params,
+  count_params,
+  state_shardings,
+)
+from openmoe.types import PyTree
+
+
+def flops_per_token(config: ModelConfig, length: int) -> float:
+  """Model FLOPs of one training token: forward and backward (three times the forward).
+
+  Matrix products only. Attention counts the causal half; experts count the top_k a token is sent
+  to, without capacity padding, dispatch or recomputation.
+  """
+  d, width = config.embed_dim, config.num_heads * config.head_dim
+  attention = 2 * 4 * d * width + 2 * 2 * (length / 2) * width
+  mlp = 2 * 4 * d * config.mlp_dim  # double gate, linear, output
+  dense = config.num_layers - config.num_sparse_layers
+  forward = config.num_layers * attention + dense * mlp + 2 * d * config.vocab_size
+  if config.moe:
+    sparse = (config.moe.top_k + 1) * mlp + 2 * d * config.moe.num_experts
+    forward += config.num_sparse_layers * sparse
+  return 3.0 * forward
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterRow:
+  """One parameter on the mesh: path, shape, logical axes, PartitionSpec, bytes per device."""
+
+  path: str
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]
+  spec: str
+  device_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Counts are of parameters; bytes are per device.
+
+  Attributes:
+    total_params, active_params: active is per token, blocks only.
+    rows: every parameter.
+    params_bytes, optimizer_bytes, gradients_bytes: float32 state and accumulated gradients.
+    flops_per_step: model FLOPs of one global batch.
+    capacity_note: how many assignments the expert capacity can serve, '' for dropless or dense.
+  """
+
+  total_params: int
+  active_params: int
+  rows: tuple[ParameterRow, ...]
+  params_bytes: int
+  optimizer_bytes: int
+  gradients_bytes: int
+  flops_per_step: float
+  capacity_note: str
+
+
+def _device_bytes(leaf, sharding: jax.sharding.NamedSharding) -> int:
+  return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _tree_bytes(tree: PyTree, shardings: PyTree) -> int:
+  pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+  return sum(_device_bytes(leaf, sharding) for leaf, sharding in pairs)
+
+
+def abstract_state(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[TrainState, PyTree]:
+  """(TrainState of shapes, logical axes of the parameters); nothing is allocated."""
+  shapes, axes = abstract_params(model)
+  transform = make_optimizer(optimizer, axes, total_steps=1)
+  opt_state = jax.eval_shape(transform.init, shapes)
+  return TrainState(jax.ShapeDtypeStruct((), 'int32'), shapes, opt_state), axes
+
+
+def make_plan(
+  model: ModelConfig,
+  optimizer: OptimizerConfig,
+  mesh_config: MeshConfig,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+  batch_size: int,
+  length: int,
+) -> Plan:
+  """Shapes the whole state on a mesh, which may be abstract: no devices are needed."""
+  abstract, axes = abstract_state(model, optimizer)
+  shardings = state_shardings(mesh, optimizer, abstract, axes, mesh_config.fsdp)
+  flat = lambda tree: flax.traverse_util.flatten_dict(tree, sep='/')
+  leaves, names, places = flat(abstract.params), flat(axes), flat(shardings.params)
+  rows = tuple(
+    ParameterRow(
+      path,
+      leaf.shape,
+      names[path],
+      str(places[path].spec).removeprefix('PartitionSpec'),
+      _device_bytes(leaf, places[path]),
+    )
+    for path, leaf in leaves.items()
+  )
+  params_bytes = sum(row.device_bytes for row in rows)
+  return Plan(
+    total_params=count_params(abstract.params),
+    active_params=active_params(model),
+    rows=rows,
+    params_bytes=params_bytes,
+    optimizer_bytes=_tree_bytes(abstract.opt_state, shardings.opt_state),
+    gradients_bytes=params_bytes,
+    flops_per_step=flops_per_token(model, length) * batch_size * length,
+    capacity_note=_capacity_note(model),
+  )
+
+
+def _capacity_note(model: ModelConfig) -> str:
+  moe = model.moe
+  if moe is None or moe.dispatch is Dispatch.DROPLESS:
+    return ''
+  share = moe.capacity_factor
+  if moe.capacity_convention.value == 'released':
+    share /= moe.top_k
+  return (
+    f'capacity factor {moe.capacity_factor} ({moe.capacity_convention.value}): '
+    f'room for {min(share, 1.0):.1%} of the (token, choice) pairs at most'
+  )
+
+
+def abstract_mesh(config: MeshConfig, device_count: int) -> jax.sharding.AbstractMesh:
+  """The mesh of a machine that is not here.
+
+  Raises:
+    ConfigError: the partitions do not divide the devices.
+  """
+  shape = partitioning.mesh_shape(config, device_count)
+  return jax.sharding.AbstractMesh(
+    shape, partitioning.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3
+  )

@@ -1,0 +1,66 @@
+"""What a run prints when it is complete: losses, continuations, and what to try next."""
+
+from __future__ import annotations
+
+import jax
+import seqio
+from rich.console import Console
+from rich.text import Text
+
+from openmoe.config import DataConfig, ModelConfig
+from openmoe.decode import generate
+from openmoe.train import Result
+
+PREFIX = '[S2S] '  # announces the prefix language model among the UL2 denoisers
+
+
+def show(result: Result, arguments: dict) -> None:
+  """Prints the end of a complete run."""
+  run, model, data = arguments['run'], arguments['model'], arguments['data']
+  console = Console(highlight=False, soft_wrap=True)
+  fresh = result.resumed_from != result.step
+  console.print()
+  console.print(
+    f'{model.name}: {"complete" if fresh else "was complete already"} at step {result.step}.'
+  )
+  if result.validation_loss is not None:
+    gap = result.unigram_entropy - result.validation_loss
+    console.print(
+      f'validation loss {result.validation_loss:.4f} nats; unigram entropy of the validation '
+      f'tokens {result.unigram_entropy:.4f}; {gap:.2f} nats under it'
+    )
+  if run.sample_prompts and jax.process_count() == 1:
+    _continuations(result, model, data, run.sample_prompts, run.sample_tokens, console)
+  console.print(
+    f"""
+Pictures: {run.model_dir}/loss.png, {run.model_dir}/experts.png
+Next:
+  tensorboard --logdir {run.model_dir}/tensorboard
+  OBJECTIVE=full_lm MODEL_DIR={run.model_dir}_full_lm bash scripts/run_pretrain.sh
+  bash scripts/run_pretrain.sh --gin.TRAIN_STEPS={2 * result.step}
+  MODEL=openmoe_8b bash scripts/run_pretrain.sh --dry_run --dry_run_devices=256"""
+  )
+
+
+def _continuations(
+  result: Result,
+  model: ModelConfig,
+  data: DataConfig,
+  prompts: tuple[str, ...],
+  max_new_tokens: int,
+  console: Console,
+) -> None:
+  source = seqio.get_mixture_or_task(data.mixture_or_task_name)
+  vocabulary = source.output_features['targets'].vocabulary
+  eos = vocabulary.eos_id
+  if 'inputs' in data.task_feature_lengths:
+    ids = [[*vocabulary.encode(PREFIX), *vocabulary.encode(text), eos] for text in prompts]
+  else:
+    ids = [vocabulary.encode(text) for text in prompts]
+  params = jax.device_put(jax.device_get(result.params), jax.local_devices()[0])
+  console.print('\nGreedy continuations:')
+  for text, new in zip(
+    prompts, generate(params, model, ids, max_new_tokens, eos_id=eos), strict=True
+  ):
+    console.print(Text(text, style='bold'), Text(vocabulary.decode(new), style='cyan'), sep='')
+    console.print(Text('---', style='dim'))

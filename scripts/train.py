@@ -1,0 +1,106 @@
+"""Trains a model: python -m scripts.train --gin_file=MODEL --gin_file=RUN [--gin.NAME=VALUE ...]
+
+  python -m scripts.train --gin_file=gin/models/openmoe_tiny.gin \\
+    --gin_file=gin/runs/pretrain.gin --gin_file=gin/experiments/demo.gin \\
+    --gin.MODEL_DIR="'runs/openmoe_tiny'"
+
+The same command continues a run that was stopped, or says that it is complete. Exit codes:
+  0   complete
+  75  stopped by SIGTERM or SIGINT after saving; start again to continue (EX_TEMPFAIL)
+  65  the loss is not finite (EX_DATAERR)
+  64  something cannot be run as configured; nothing was compiled (EX_USAGE)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+
+import gin
+import jax
+from absl import app, flags, logging
+
+from openmoe import train as train_lib
+from openmoe.checkpoint import CheckpointError
+from openmoe.config import ConfigError
+from scripts import gin_flags
+
+EXIT_USAGE, EXIT_DIVERGED, EXIT_STOPPED = 64, 65, 75
+
+_TFDS = flags.DEFINE_string('tfds_data_dir', None, 'Where TFDS data sets lie (local or gs://).')
+_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Print counts, shardings and bytes; run nothing.')
+_DEVICES = flags.DEFINE_integer(
+  'dry_run_devices', None, 'Plan for so many devices; default: those here.'
+)
+_MULTI = flags.DEFINE_bool('multiprocess', False, 'One of several processes of a run.')
+_ADDRESS = flags.DEFINE_string(
+  'coordinator_address', None, 'host:port of process 0; found by itself on TPU VMs and SLURM.'
+)
+_COUNT = flags.DEFINE_integer('process_count', None, 'Number of processes.')
+_INDEX = flags.DEFINE_integer('process_index', None, 'Number of this process.')
+
+
+def configure() -> dict:
+  """Arguments of openmoe.train.train from the gin flags, all validated."""
+  missing = gin_flags.required()
+  if missing:
+    given = ' '.join(f'--gin.{name}=VALUE' for name in missing)
+    raise ConfigError(f'{", ".join(missing)} must be set: add {given} or a gin/experiments file.')
+  gin_flags.parse()
+  if _TFDS.value:
+    _use_tfds_dir(_TFDS.value)
+  return gin_flags.bindings('train.train')
+
+
+def _use_tfds_dir(path: str) -> None:
+  import seqio
+  from etils import epath
+
+  if not epath.Path(path).exists():
+    raise ConfigError(f'--tfds_data_dir={path} does not exist; build data sets there, or fix it.')
+  seqio.set_tfds_data_dir_override(path)
+
+
+def main(argv: list[str]) -> int:
+  if len(argv) > 1:
+    raise app.UsageError(f'Unknown arguments: {argv[1:]}')
+  logging.set_verbosity(logging.WARNING)
+  try:
+    if _MULTI.value and not _DRY_RUN.value:
+      jax.distributed.initialize(_ADDRESS.value, _COUNT.value, _INDEX.value)
+    arguments = configure()
+    if _DRY_RUN.value:
+      from scripts import dry_run
+
+      dry_run.show(arguments, _DEVICES.value)
+      return 0
+    return _train(arguments)
+  except train_lib.NonFiniteLoss as error:
+    print(f'error: {error}', file=sys.stderr)
+    return EXIT_DIVERGED
+  except (ConfigError, CheckpointError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return EXIT_USAGE
+
+
+def _train(arguments: dict) -> int:
+  result = train_lib.train(**arguments, config_text=gin.config_str())
+  if not result.complete:
+    return EXIT_STOPPED
+  if jax.process_index() == 0:
+    from scripts import epilogue
+
+    epilogue.show(result, arguments)
+  return 0
+
+
+def run() -> None:
+  """Entry point: rewrites t5x's --gin.NAME flags before absl reads them."""
+  app.run(main, argv=gin_flags.rewrite(sys.argv))
+
+
+if __name__ == '__main__':
+  run()
