@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -276,12 +277,24 @@ class Checkpointer:
     self._note(str(self._failure))
 
   def _remove_leftovers(self, step: int) -> None:
+    """Removes what a failed save has written: on a full disk the space is needed.
+
+    orbax reports the first writer that fails while others still write, so what is removed may come
+    back; it is gone when it stays away. What cannot be removed goes at the next start.
+    """
     leftovers = self._directory / f'{PREFIX}_{step}.orbax-checkpoint-tmp'
-    try:
-      if leftovers.exists():
-        leftovers.rmtree()  # on a full disk the space is needed
-    except OSError as error:
-      self._note(f'{leftovers} could not be removed: {error}')
+    away, problem = 0, None
+    for _ in range(20):
+      away = 0 if leftovers.exists() else away + 1
+      if away == 3:
+        return
+      try:
+        if not away:
+          leftovers.rmtree()
+      except OSError as error:
+        problem = error
+      time.sleep(0.1)
+    self._note(f'{leftovers} could not be removed: {problem}')
 
   def _move_damaged_away(self, step: int) -> None:
     """Renames damaged checkpoints from `step` on, whose places this run fills again."""
