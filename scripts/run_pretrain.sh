@@ -10,7 +10,7 @@
 #       on every host of a TPU pod: installs the TPU extra and starts one process per host.
 #
 # MODEL           a file of gin/models (default: openmoe_tiny)
-# MODEL_DIR       run directory, local or gs:// (default: runs/MODEL)
+# MODEL_DIR       run directory, local or gs:// (default: runs/MODEL, or runs/MODEL_OBJECTIVE)
 # EXPERIMENT      a file of gin/experiments; none applies no overlay (default: demo without
 #                 TFDS_DATA_DIR, else the published run of MODEL)
 # OBJECTIVE       also applies gin/experiments/EXPERIMENT_OBJECTIVE.gin, such as demo_full_lm
@@ -64,7 +64,8 @@ choose_experiment() { # prints a name of gin/experiments, or none
 }
 
 MODEL="${MODEL:-openmoe_tiny}"
-MODEL_DIR="${MODEL_DIR:-runs/$MODEL}"
+# Another objective is another run: it must not continue the checkpoints of the first.
+MODEL_DIR="${MODEL_DIR:-runs/$MODEL${OBJECTIVE:+_$OBJECTIVE}}"
 [[ -f "gin/models/$MODEL.gin" ]] ||
   die "MODEL=$MODEL is not in gin/models; there are: $(list models)."
 experiment="$(choose_experiment)"

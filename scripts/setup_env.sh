@@ -45,11 +45,16 @@ find_python() {
     "PYTHON=/path/to/python3.11; with uv installed, 'uv python install 3.11' does it."
 }
 
-digest() { # of what the installation depends on
+dependencies() { # what the installation depends on: the pins, and the extras of pyproject.toml
+  cat "$ROOT/requirements.txt"
+  sed -n '/^\[project.optional-dependencies\]/,/^\[tool/p' "$ROOT/pyproject.toml"
+}
+
+digest() {
   if command -v sha256sum >/dev/null; then
-    cat "$ROOT/requirements.txt" "$ROOT/pyproject.toml" | sha256sum | cut -d' ' -f1
+    dependencies | sha256sum | cut -d' ' -f1
   else
-    cat "$ROOT/requirements.txt" "$ROOT/pyproject.toml" | shasum -a 256 | cut -d' ' -f1
+    dependencies | shasum -a 256 | cut -d' ' -f1
   fi
 }
 
