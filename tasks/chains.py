@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import seqio
 import tensorflow as tf
 
+from openmoe.data.concat import plain
 from openmoe.data.language_model import full_lm
 from openmoe.data.ul2 import Mode, ul2_objective
 
@@ -34,6 +35,7 @@ def output_features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
 def take_text(dataset: tf.data.Dataset, text_field: str = 'text') -> tf.data.Dataset:
   """{'targets': text, 'document_id'} of a source's examples."""
 
+  @plain
   def take(example):
     taken = {'targets': example[text_field]}
     if 'document_id' in example:
@@ -45,7 +47,7 @@ def take_text(dataset: tf.data.Dataset, text_field: str = 'text') -> tf.data.Dat
 
 def label(dataset: tf.data.Dataset, source: str) -> tf.data.Dataset:
   """Examples that know which corpus they are from."""
-  return dataset.map(lambda example: {**example, 'source': tf.constant(source)})
+  return dataset.map(plain(lambda example: {**example, 'source': tf.constant(source)}))
 
 
 def objective_steps(objective: str, mode: Mode) -> list:

@@ -93,9 +93,7 @@ def _write_corpus(folder: str, corpus: str, texts: dict[str, str]) -> list[str]:
   for index in range(TRAIN_FILES):
     path = os.path.join(folder, f'{corpus}-train-{index:05d}-of-{TRAIN_FILES:05d}.jsonl')
     _write_jsonl(path, {n: texts[n] for n in train[index::TRAIN_FILES]})
-  _write_jsonl(
-    os.path.join(folder, f'{corpus}-validation.jsonl'), {n: texts[n] for n in held_out}
-  )
+  _write_jsonl(os.path.join(folder, f'{corpus}-validation.jsonl'), {n: texts[n] for n in held_out})
   return [texts[n] for n in train]
 
 

@@ -21,15 +21,17 @@ RELEASED_GROUP = 128
 
 UNKNOWN_DOCUMENT = -1
 
+# Autograph has nothing to do in the functions given to tf.data here, and takes most of the time to
+# trace them; a run traces them for every shard and task.
+plain = tf.autograph.experimental.do_not_convert
+
 
 def drop_empty(dataset: tf.data.Dataset) -> tf.data.Dataset:
   """Without the documents that have no token."""
   return dataset.filter(lambda document: tf.size(document['targets']) > 0)
 
 
-def continuous_blocks(
-  dataset: tf.data.Dataset, block_length: int, eos_id: int
-) -> tf.data.Dataset:
+def continuous_blocks(dataset: tf.data.Dataset, block_length: int, eos_id: int) -> tf.data.Dataset:
   """Blocks of block_length tokens of the stream doc EOS doc EOS ...
 
   No token is lost and none is added but the separators. Only the end of a finite dataset gives a
@@ -45,17 +47,20 @@ def continuous_blocks(
     `documents` holds the id of the document each token came from, UNKNOWN_DOCUMENT without ids.
   """
 
+  @plain
   def with_end(document):
-    tokens = tf.concat([tf.cast(document['targets'], tf.int32), [eos_id]], axis=0)
+    tokens = tf.cast(document['targets'], tf.int32)
+    # A document without tokens has no end either.
+    end = tf.constant([eos_id], tf.int32)[: tf.minimum(tf.size(tokens), 1)]
+    tokens = tf.concat([tokens, end], axis=0)
     number = tf.cast(document.get('document_id', UNKNOWN_DOCUMENT), tf.int64)
     return tokens, tf.fill(tf.shape(tokens), number), False
 
   # A scan has no end-of-input hook; one last element tells it to give what it still holds.
-  flush = tf.data.Dataset.from_tensors(
-    (tf.zeros([0], tf.int32), tf.zeros([0], tf.int64), True)
-  )
-  documents = drop_empty(dataset).map(with_end).concatenate(flush)
+  flush = tf.data.Dataset.from_tensors((tf.zeros([0], tf.int32), tf.zeros([0], tf.int64), True))
+  documents = dataset.map(with_end).concatenate(flush)
 
+  @plain
   def step(held, element):
     tokens = tf.concat([held[0], element[0]], axis=0)
     numbers = tf.concat([held[1], element[1]], axis=0)
@@ -75,8 +80,7 @@ def continuous_blocks(
     return (tokens[used:], numbers[used:]), out
 
   start = (tf.zeros([0], tf.int32), tf.zeros([0], tf.int64))
-  blocks = documents.scan(start, step)
-  return blocks.filter(lambda out: tf.size(out['length']) > 0).unbatch()
+  return documents.scan(start, step).unbatch()
 
 
 def released_random_chunk(dataset: tf.data.Dataset) -> tf.data.Dataset:

@@ -98,9 +98,7 @@ class Packer:
     self._free = [self._row_length - sum(e.size for e in row) for row in rows]
 
 
-def batch_rows(
-  rows: Sequence[Row], task_feature_lengths: Mapping[str, int]
-) -> Batch:
+def batch_rows(rows: Sequence[Row], task_feature_lengths: Mapping[str, int]) -> Batch:
   """numpy Batch of packed rows; an empty row is all padding.
 
   With `inputs` among the lengths the loss counts on targets only, EOS included; without, on every

@@ -21,6 +21,7 @@ import tensorflow as tf
 from absl import logging
 
 from openmoe.config import ConfigError, parse_enum
+from openmoe.data.concat import plain
 
 Patterns = str | Sequence[str]
 
@@ -42,7 +43,7 @@ class BadRecord(enum.Enum):
 
 
 class TextFiles(seqio.DataSource):
-  """{'text': string, 'document_id': int64} of every document of some files."""
+  """{'text': string, 'document_id': int64, 'usable': True} of every document of some files."""
 
   def __init__(
     self,
@@ -127,20 +128,29 @@ class TextFiles(seqio.DataSource):
                                                   [files[i] for i in numbers]))  # fmt: skip
     if shuffle:
       dataset = dataset.shuffle(len(numbers), seed=seed)
-    # Dealing by a sum of both numbers, as one-document files would all be record 0.
     held_out = split == 'validation'
-    records = dataset.flat_map(
-      lambda number, path: self._records(number, path).filter(
-        lambda record, _: self._is_mine(number, record, held_out, shards, shard)
-      ).map(lambda record, line: (number, path, record, line))
-    )  # fmt: skip
-    documents = records.map(self._document, num_parallel_calls=2, deterministic=True)
-    documents = documents.filter(lambda ok, _: ok).map(lambda _, document: document)
+
+    @plain
+    def documents_of(number, path):
+      @plain
+      def mine(record, _):
+        return self._is_mine(number, record, held_out, shards, shard)
+
+      @plain
+      def parse(record, line):
+        return self._document(number, path, record, line)
+
+      # Records are parsed one by one, in order: parsing holds Python's lock anyway.
+      return self._records(path).filter(mine).map(parse)
+
+    documents = dataset.flat_map(documents_of)
+    documents = documents.filter(plain(lambda document: document['usable']))
     if shuffle and self._shuffle_buffer > 1:
       documents = documents.shuffle(self._shuffle_buffer, seed=seed)
     return documents
 
   def _is_mine(self, number, record, held_out: bool, shards: int, shard: int):
+    # Dealing by a sum of both numbers, as one-document files would all be record 0.
     count = number + record
     mine = tf.constant(True)
     if self._every:
@@ -149,9 +159,8 @@ class TextFiles(seqio.DataSource):
       count = count // self._every if held_out else count - count // self._every - 1
     return mine & (count % shards == shard)
 
-  def _records(self, number, path) -> tf.data.Dataset:
+  def _records(self, path) -> tf.data.Dataset:
     """(record, raw bytes) of a file: the lines of .jsonl, the pieces of .txt."""
-    del number
     gzipped = tf.strings.regex_full_match(path, r'.*\.gz')
     is_text = tf.strings.regex_full_match(path, r'.*\.txt(\.gz)?')
     lines = tf.data.TextLineDataset(
@@ -159,11 +168,13 @@ class TextFiles(seqio.DataSource):
       compression_type=tf.where(gzipped, 'GZIP', ''),
     )
     texts = tf.data.Dataset.from_tensor_slices(tf.boolean_mask([path], is_text[None]))
-    pieces = texts.flat_map(
-      lambda p: tf.data.Dataset.from_tensor_slices(
-        tf.numpy_function(self._cut, [p], tf.string, stateful=False)
-      )
-    )
+
+    @plain
+    def pieces_of(name):
+      cut = tf.numpy_function(self._cut, [name], tf.string, stateful=False)
+      return tf.data.Dataset.from_tensor_slices(tf.ensure_shape(cut, [None]))
+
+    pieces = texts.flat_map(pieces_of)
     return lines.concatenate(pieces).enumerate()
 
   def _cut(self, path: bytes):
@@ -186,11 +197,11 @@ class TextFiles(seqio.DataSource):
     text, ok = tf.numpy_function(
       self._parse, [path, record, line], [tf.string, tf.bool], stateful=False
     )
-    document = {
+    return {
       'text': tf.ensure_shape(text, []),
       'document_id': number * (1 << _RECORD_BITS) + record,
+      'usable': tf.ensure_shape(ok, []),
     }
-    return tf.ensure_shape(ok, []), document
 
   def _parse(self, path: bytes, record: int, line: bytes):
     """(text, usable) of one record."""

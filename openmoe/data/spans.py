@@ -43,9 +43,7 @@ def span_lengths(raw: int, mean_span: float, noise_density: float) -> SpanLength
   return SpanLengths(raw, raw - noise + spans + 1, noise + spans + 1, spans)
 
 
-def released_lengths(
-  inputs_length: int, mean_span: float, noise_density: float
-) -> SpanLengths:
+def released_lengths(inputs_length: int, mean_span: float, noise_density: float) -> SpanLengths:
   """Raw chunk and target length the released pipeline uses for `inputs_length`.
 
   The longest raw length whose inputs fit, mode prefix not counted. At a density of exactly 0.5 a

@@ -82,7 +82,16 @@ class ShardedStream:
     self.close()
 
   def __iter__(self) -> ShardedStream:
+    """Starts reading ahead; compile while it does."""
+    self._start()
     return self
+
+  def _start(self) -> None:
+    if self._closed:
+      raise RuntimeError('The stream is closed.')
+    if self._thread is None:
+      self._thread = threading.Thread(target=self._produce, name='data-stream', daemon=True)
+      self._thread.start()
 
   def _read_batch(self) -> list[list[Row]] | None:
     """Rows of one batch by shard, or None when the data has ended for all of them."""
@@ -122,11 +131,7 @@ class ShardedStream:
       StopIteration: at the end of a finite dataset.
       ConfigError, OSError...: whatever stopped the reading thread.
     """
-    if self._closed:
-      raise RuntimeError('The stream is closed.')
-    if self._thread is None:
-      self._thread = threading.Thread(target=self._produce, name='data-stream', daemon=True)
-      self._thread.start()
+    self._start()
     with self._changed:
       self._changed.wait_for(lambda: self._ready or self._error is not None)
       if not self._ready:
@@ -156,13 +161,13 @@ class ShardedStream:
   def restore(self, entries: Mapping[str, bytes]) -> None:
     """Continues where state() was taken; entries may come from several hosts' states.
 
-    Only before the first batch is taken.
+    Only before the first batch is taken and before iter().
 
     Raises:
       ConfigError: a shard's entry is missing or belongs to another stream.
     """
     if self._thread is not None:
-      raise RuntimeError('restore() must come before the first batch is taken.')
+      raise RuntimeError('restore() must come before iter() and the first batch.')
     for number, shard in zip(self._ids, self._shards, strict=True):
       if shard.name not in entries:
         raise ConfigError(

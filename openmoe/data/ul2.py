@@ -202,6 +202,7 @@ def _fixed(dataset, sequence_length, output_features, denoisers, mode_prefixes):
   blocks = concat.continuous_blocks(dataset, plan.block_length, plan.eos_id)
 
   @seqio.map_over_dataset(num_seeds=1)
+  @concat.plain
   def denoise_block(block, seed):
     return denoise(block['tokens'], block['documents'], block['length'], seed)
 
@@ -272,8 +273,9 @@ def _block_denoiser(plan: _Plan):
       inputs.append(pair[0])
       targets.append(pair[1])
       ends.append(tf.stack([at, at + tf.maximum(size, 1) - 1], axis=1))
-    # Only the last block of a finite dataset is short; its empty chunks are no examples.
-    full = tf.boolean_mask(order, starts < length)
+    # Only the last block of a finite dataset is short. Its empty chunks are no examples, nor is
+    # one of a single token, which span corruption could only give a sentinel without a partner.
+    full = tf.boolean_mask(order, starts + 1 < length)
     ids = tf.gather(documents, tf.minimum(tf.concat(ends, axis=0), length - 1))
     return {
       'inputs': tf.gather(_joined(inputs), full),
@@ -312,8 +314,8 @@ def _reference(dataset, sequence_length, output_features, denoisers, mode_prefix
   for denoiser, length in zip(denoisers, lengths, strict=True):
     if denoiser.mean_span is not None and sequence_length['targets'] < length.targets:
       raise ConfigError(
-        f"{denoiser} gives {length.targets} target tokens at inputs={limit}, more than targets="
-        f"{sequence_length['targets']}; raise targets."
+        f'{denoiser} gives {length.targets} target tokens at inputs={limit}, more than targets='
+        f'{sequence_length["targets"]}; raise targets.'
       )
   joined = concat.released_groups(concat.released_random_chunk(dataset))
   streams = []
@@ -335,6 +337,7 @@ def _reference(dataset, sequence_length, output_features, denoisers, mode_prefix
 
 def _denoise_one(chunks, denoiser: Denoiser, prefix, first_sentinel: int) -> tf.data.Dataset:
   @seqio.map_over_dataset(num_seeds=2)
+  @concat.plain
   def denoise(chunk, seeds):
     tokens, size = chunk['tokens'][None], chunk['length'][None]
     if denoiser.mean_span is None:

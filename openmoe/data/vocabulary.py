@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import sentencepiece
 import seqio
@@ -26,6 +26,11 @@ _MODEL_NAMES = (
   'sentencepiece.bpe.model',
   'tokenizer.model',
 )
+
+
+# Normalisation is the identity, but for one code point that is no character and stands in no text:
+# with no rule at all every tokenizer TensorFlow makes writes a line to the terminal.
+_QUIET_RULE = 'FFFE\tFFFF\n'
 
 
 class Vocabulary(seqio.SentencePieceVocabulary):
@@ -111,14 +116,30 @@ def train_vocabulary(path: str, texts: Iterable[str], pieces: int) -> None:
     texts: training text.
     pieces: vocabulary size without sentinels; at least 300 for the bytes and specials.
   """
+  folder = os.path.dirname(os.path.abspath(path))
+  os.makedirs(folder, exist_ok=True)
+  rules = f'{path}.rules{os.getpid()}'
+  with open(rules, 'w', encoding='ascii') as f:
+    f.write(_QUIET_RULE)
   model = io.BytesIO()
+  try:
+    _train(iter(texts), model, pieces, rules)
+  finally:
+    os.remove(rules)
+  temporary = f'{path}.tmp{os.getpid()}'
+  with open(temporary, 'wb') as f:
+    f.write(model.getvalue())
+  os.replace(temporary, path)
+
+
+def _train(texts: Iterator[str], model: io.BytesIO, pieces: int, rules: str) -> None:
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(texts),
+    sentence_iterator=texts,
     model_writer=model,
     vocab_size=pieces,
     model_type='bpe',
     byte_fallback=True,
-    normalization_rule_name='identity',
+    normalization_rule_tsv=rules,
     remove_extra_whitespaces=False,
     add_dummy_prefix=False,
     allow_whitespace_only_pieces=True,
@@ -133,9 +154,3 @@ def train_vocabulary(path: str, texts: Iterable[str], pieces: int) -> None:
     num_threads=1,
     minloglevel=2,
   )
-  folder = os.path.dirname(os.path.abspath(path))
-  os.makedirs(folder, exist_ok=True)
-  temporary = f'{path}.tmp{os.getpid()}'
-  with open(temporary, 'wb') as f:
-    f.write(model.getvalue())
-  os.replace(temporary, path)
