@@ -146,17 +146,13 @@ class Shard:
 
   def _select(self, example):
     wanted = {
-      'inputs': tf.zeros([0], tf.int32),
       'source': tf.constant('', tf.string),
       'document_ids': tf.constant([-1, -1], tf.int64),
       'objective': tf.constant(-1, tf.int32),
     }
     wanted.update({k: example[k] for k in wanted if k in example})
-    if 'inputs' not in self._config.task_feature_lengths:
-      wanted['inputs'] = tf.zeros([0], tf.int32)
-    wanted['targets'] = example['targets']
-    for key in ('inputs', 'targets'):
-      wanted[key] = tf.cast(wanted[key], tf.int32)
+    for key in self._config.task_feature_lengths:
+      wanted[key] = tf.cast(example[key], tf.int32)
     wanted['document_ids'] = tf.ensure_shape(wanted['document_ids'], [2])
     return wanted
 
@@ -171,8 +167,8 @@ class Shard:
       return
     except tf.errors.OpError as error:
       raise ConfigError(f'{self.name} cannot read its data: {error.message}') from error
-    sides = []
-    for key in ('inputs', 'targets'):
+    sides = {'inputs': [np.zeros(0, np.int32)] * int(group['targets'].nrows())}
+    for key in self._config.task_feature_lengths:
       values, splits = group[key].flat_values.numpy(), group[key].row_splits.numpy()
       if len(values) and (values.max() >= self._vocab_size or values.min() < 0):
         bad = values[(values >= self._vocab_size) | (values < 0)][0]
@@ -180,10 +176,10 @@ class Shard:
           f'{self.name} of {self._config.mixture_or_task_name} gave token id {bad}, outside the '
           f'vocabulary of {self._vocab_size}: was it cached with another vocabulary?'
         )
-      sides.append(np.split(values, splits[1:-1]))
+      sides[key] = np.split(values, splits[1:-1])
     sources = group['source'].numpy()
     documents, objectives = group['document_ids'].numpy(), group['objective'].numpy()
-    for i, (inputs, targets) in enumerate(zip(*sides, strict=True)):
+    for i, (inputs, targets) in enumerate(zip(sides['inputs'], sides['targets'], strict=True)):
       if not len(targets):
         continue  # nothing to predict: no loss, no row
       ids = (int(documents[i, 0]), int(documents[i, 1]))

@@ -16,6 +16,7 @@ import gzip
 import json
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import seqio
 import tensorflow as tf
 from absl import logging
@@ -191,7 +192,8 @@ class TextFiles(seqio.DataSource):
         end = newline + 1 if newline > start else _character_end(content, start, end)
       pieces.append(content[start:end])
       start = end
-    return pieces or [b'']
+    # A list of one would become a scalar.
+    return np.array(pieces, dtype=object)
 
   def _document(self, number, path, record, line):
     text, ok = tf.numpy_function(

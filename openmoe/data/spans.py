@@ -101,7 +101,7 @@ def _flags(starts, length: int):
   return tf.scatter_nd(indices, ones, [rows, length + 1])[:, :length]
 
 
-def noise_starts(lengths_b, raw: int, mean_span: float, noise_density: float, seeds):
+def noise_starts(lengths_b, raw: int, mean_spans, noise_densities, seeds):
   """Where noise and non-noise spans start, for chunks of lengths_b <= raw tokens.
 
   The first span is never noise and the last always is; a chunk of one token has no noise.
@@ -109,31 +109,30 @@ def noise_starts(lengths_b, raw: int, mean_span: float, noise_density: float, se
   Args:
     lengths_b: int32 [b], true lengths.
     raw: static upper bound of the lengths (t).
-    mean_span, noise_density: of the denoiser.
+    mean_spans, noise_densities: of the denoiser of each row; Python floats.
     seeds: two stateless seeds.
 
   Returns:
     (noise_start_bt, text_start_bt), int32 flags.
   """
   length = tf.maximum(lengths_b, 2)
-  noise = tf.cast(tf.round(tf.cast(length, tf.float32) * noise_density), tf.int32)
-  noise = tf.clip_by_value(noise, 1, length - 1)
-  spans = tf.cast(tf.round(tf.cast(noise, tf.float32) / mean_span), tf.int32)
-  spans = tf.maximum(spans, 1)
+  noise = tf.round(tf.cast(length, tf.float32) * tf.constant(noise_densities, tf.float32))
+  noise = tf.clip_by_value(tf.cast(noise, tf.int32), 1, length - 1)
+  spans = tf.round(tf.cast(noise, tf.float32) / tf.constant(mean_spans, tf.float32))
+  spans = tf.maximum(tf.cast(spans, tf.int32), 1)
   text = length - noise
   # The bounds of shorter chunks follow from the longest one, as all three grow with the length.
   longest = max(raw, 2)
-  most_noise = min(max(round(longest * noise_density) + 1, 1), longest - 1)
-  most_spans = max(round(most_noise / mean_span) + 1, 1)
-  most_text = min(longest, longest - round(longest * noise_density) + 1)
-  noise_at = _partition_starts(noise, spans, most_noise, most_spans, seeds[0])
+  noisiest = [min(round(longest * r) + 1, longest - 1) for r in noise_densities]
+  most_spans = max(round(n / mu) + 1 for n, mu in zip(noisiest, mean_spans, strict=True))
+  most_text = min(longest, longest - round(longest * min(noise_densities)) + 1)
+  noise_at = _partition_starts(noise, spans, max(noisiest), most_spans, seeds[0])
   text_at = _partition_starts(text, spans, most_text, most_spans, seeds[1])
   text_end = tf.concat([text_at[:, 1:], text[:, None]], axis=1)
   # Text span j follows j noise spans, and noise span j follows j + 1 text spans.
   used = tf.range(most_spans)[None] < spans[:, None]
-  far = tf.fill(tf.shape(used), raw)
-  noise_start_bt = _flags(tf.where(used, text_end + noise_at, far), raw)
-  text_start_bt = _flags(tf.where(used, text_at + noise_at, far), raw)
+  noise_start_bt = _flags(tf.where(used, text_end + noise_at, raw), raw)
+  text_start_bt = _flags(tf.where(used, text_at + noise_at, raw), raw)
   return noise_start_bt, text_start_bt
 
 
@@ -150,13 +149,15 @@ def _ragged(values_bt, keep_bt) -> tf.RaggedTensor:
   )
 
 
-def _framed(body_bt, keep_bt, prefix, eos_id: int | None) -> tf.RaggedTensor:
-  """prefix ++ the kept body ++ EOS, row by row, without ragged concatenation."""
+def _framed(body_bt, keep_bt, prefixes, eos_id: int | None) -> tf.RaggedTensor:
+  """Each row's prefix ++ its kept body ++ EOS, without ragged concatenation."""
   rows = tf.shape(body_bt)[0]
   values, keeps = [body_bt], [keep_bt]
-  if len(prefix):
-    values.insert(0, tf.tile(tf.constant(prefix, tf.int32)[None], [rows, 1]))
-    keeps.insert(0, tf.ones([rows, len(prefix)], tf.bool))
+  width = max(map(len, prefixes), default=0)
+  if width:
+    padded = [list(p) + [0] * (width - len(p)) for p in prefixes]
+    values.insert(0, tf.constant(padded, tf.int32))
+    keeps.insert(0, tf.constant([[i < len(p) for i in range(width)] for p in prefixes]))
   if eos_id is not None:
     values.append(tf.fill([rows, 1], eos_id))
     keeps.append(tf.ones([rows, 1], tf.bool))
@@ -164,9 +165,16 @@ def _framed(body_bt, keep_bt, prefix, eos_id: int | None) -> tf.RaggedTensor:
 
 
 def corrupt_spans(
-  tokens_bt, lengths_b, mean_span, noise_density, seeds, first_sentinel, prefix=(), eos_id=None
+  tokens_bt,
+  lengths_b,
+  mean_spans,
+  noise_densities,
+  seeds,
+  first_sentinel: int,
+  prefixes=(),
+  eos_id=None,
 ) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
-  """Span corruption of a batch of chunks.
+  """Span corruption of a batch of chunks, each with a denoiser of its own.
 
   inputs: the text with each noise span replaced by one sentinel. targets: per span its sentinel,
   then its noise; no final sentinel. Sentinels count down from first_sentinel.
@@ -174,38 +182,38 @@ def corrupt_spans(
   Args:
     tokens_bt: int32 [b, t]; t is static.
     lengths_b: int32 [b]; tokens past the length are ignored.
-    mean_span, noise_density: of the denoiser.
+    mean_spans, noise_densities: of the denoiser of each row; Python floats.
     seeds: two stateless seeds (each int [2]).
     first_sentinel: id of <extra_id_0>.
-    prefix: ids put before the inputs.
+    prefixes: ids put before the inputs of each row; () puts nothing.
     eos_id: appended to both sides; None appends nothing.
 
   Returns:
     (inputs, targets), int32 ragged [b, None].
   """
   raw = tokens_bt.shape[1]
-  noise_start, text_start = noise_starts(lengths_b, raw, mean_span, noise_density, seeds)
+  noise_start, text_start = noise_starts(lengths_b, raw, mean_spans, noise_densities, seeds)
   is_noise = noise_mask(noise_start, text_start)
   valid = tf.range(raw)[None] < lengths_b[:, None]
 
-  def replaced(start_bt, hidden_bt, prefix):
+  def replaced(start_bt, hidden_bt, prefixes):
     starts = start_bt > 0
     sentinels = first_sentinel + 1 - tf.cumsum(start_bt, axis=1)
     body = tf.where(starts, sentinels, tokens_bt)
-    return _framed(body, (starts | ~hidden_bt) & valid, prefix, eos_id)
+    return _framed(body, (starts | ~hidden_bt) & valid, prefixes, eos_id)
 
-  return replaced(noise_start, is_noise, prefix), replaced(text_start, ~is_noise, ())
+  return replaced(noise_start, is_noise, prefixes), replaced(text_start, ~is_noise, ())
 
 
 def split_prefix(
-  tokens_bt, lengths_b, seed, prefix=(), eos_id=None, max_inputs=None, max_targets=None
+  tokens_bt, lengths_b, seed, prefixes=(), eos_id=None, max_inputs=None, max_targets=None
 ) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
   """Prefix language modelling: the first k tokens are inputs, k uniform in 1 .. n - 1.
 
   A chunk of one token has empty inputs and one target.
 
   Args:
-    tokens_bt, lengths_b, prefix, eos_id: as in corrupt_spans.
+    tokens_bt, lengths_b, prefixes, eos_id: as in corrupt_spans.
     seed: one stateless seed.
     max_inputs, max_targets: text tokens either side may hold; None is no bound.
   """
@@ -224,5 +232,5 @@ def split_prefix(
   position = tf.range(raw)[None]
   is_input = position < split_b[:, None]
   valid = position < lengths_b[:, None]
-  inputs = _framed(tokens_bt, is_input & valid, prefix, eos_id)
+  inputs = _framed(tokens_bt, is_input & valid, prefixes, eos_id)
   return inputs, _framed(tokens_bt, ~is_input & valid, (), eos_id)

@@ -232,56 +232,77 @@ class _Plan:
   def block_length(self) -> int:
     return sum(c * n for c, n in zip(self.counts, self.raw, strict=True))
 
-  def corrupt(self, kind: int, tokens, size, seeds):
-    """(inputs, targets) of some chunks of one kind, ragged."""
-    denoiser = self.denoisers[kind]
-    frame = {'prefix': self.prefixes[kind], 'eos_id': self.eos_id}
-    if denoiser.mean_span is not None:
-      return spans.corrupt_spans(
-        tokens, size, denoiser.mean_span, denoiser.noise_density, seeds,
-        self.first_sentinel, **frame,
-      )  # fmt: skip
+  @property
+  def slots(self) -> tuple[list[int], list[int]]:
+    """Denoiser of every chunk of a block, span corruptions and prefix splits apart."""
+    kinds = [kind for kind, count in enumerate(self.counts) for _ in range(count)]
+    is_span = [d.mean_span is not None for d in self.denoisers]
+    return [k for k in kinds if is_span[k]], [k for k in kinds if not is_span[k]]
+
+  def corrupt(self, kinds: Sequence[int], tokens, sizes, seeds):
+    """(inputs, targets) of chunks of the span corruptions `kinds`, ragged."""
+    return spans.corrupt_spans(
+      tokens,
+      sizes,
+      [self.denoisers[k].mean_span for k in kinds],
+      [self.denoisers[k].noise_density for k in kinds],
+      seeds,
+      self.first_sentinel,
+      [self.prefixes[k] for k in kinds],
+      self.eos_id,
+    )
+
+  def split(self, kinds: Sequence[int], tokens, sizes, seeds):
+    """(inputs, targets) of chunks of prefix language models, ragged."""
+    prefixes = [self.prefixes[k] for k in kinds]
+    longest = max(map(len, prefixes))
     return spans.split_prefix(
-      tokens, size, seeds[0],
-      max_inputs=self.inputs_length - 1 - len(self.prefixes[kind]),
-      max_targets=self.targets_length - 1, **frame,
-    )  # fmt: skip
+      tokens,
+      sizes,
+      seeds[0],
+      prefixes,
+      self.eos_id,
+      max_inputs=self.inputs_length - 1 - longest,
+      max_targets=self.targets_length - 1,
+    )
 
 
 @functools.lru_cache(maxsize=16)
 def _block_denoiser(plan: _Plan):
   """The function block -> examples. Cached: every shard and every task shares one trace."""
-  kinds = [kind for kind, count in enumerate(plan.counts) for _ in range(count)]
+  parts = [(kinds, step) for kinds, step in zip(plan.slots, (plan.corrupt, plan.split), strict=True)
+           if kinds]  # fmt: skip
+  kinds = [kind for of_part, _ in parts for kind in of_part]
   raw_of_slot = [plan.raw[kind] for kind in kinds]
 
   def denoise(tokens, documents, length, seed):
-    seeds = tf.random.split(seed, 2 * len(plan.denoisers) + 1)
+    seeds = tf.random.split(seed, 5)
     # A random order of the slots decides which part of the stream each denoiser gets.
-    order = tf.argsort(tf.random.stateless_uniform([len(kinds)], seeds[-1]))
+    order = tf.argsort(tf.random.stateless_uniform([len(kinds)], seeds[4]))
     starts = tf.cumsum(tf.gather(tf.constant(raw_of_slot, tf.int32), order), exclusive=True)
     start_of_slot = tf.gather(starts, tf.argsort(order))
-    inputs, targets, ends, first = [], [], [], 0
+    sizes = tf.clip_by_value(length - start_of_slot, 0, tf.constant(raw_of_slot, tf.int32))
+    inputs, targets, first = [], [], 0
     padded = tf.pad(tokens, [[0, max(raw_of_slot)]])
-    for kind, count in enumerate(plan.counts):
-      if not count:
-        continue
-      at = start_of_slot[first : first + count]
-      first += count
-      chunks = tf.gather(padded, at[:, None] + tf.range(plan.raw[kind])[None])
-      size = tf.clip_by_value(length - at, 0, plan.raw[kind])
-      pair = plan.corrupt(kind, chunks, size, (seeds[2 * kind], seeds[2 * kind + 1]))
+    for part, (of_part, step) in enumerate(parts):
+      here = slice(first, first + len(of_part))
+      first = here.stop
+      # Chunks of shorter kinds run on into their neighbours; their sizes cut that off.
+      longest = max(raw_of_slot[here])
+      chunks = tf.gather(padded, start_of_slot[here, None] + tf.range(longest)[None])
+      pair = step(of_part, chunks, sizes[here], (seeds[2 * part], seeds[2 * part + 1]))
       inputs.append(pair[0])
       targets.append(pair[1])
-      ends.append(tf.stack([at, at + tf.maximum(size, 1) - 1], axis=1))
     # Only the last block of a finite dataset is short. Its empty chunks are no examples, nor is
     # one of a single token, which span corruption could only give a sentinel without a partner.
     full = tf.boolean_mask(order, starts + 1 < length)
-    ids = tf.gather(documents, tf.minimum(tf.concat(ends, axis=0), length - 1))
+    last = start_of_slot + tf.maximum(sizes, 1) - 1
+    ends = tf.minimum(tf.stack([start_of_slot, last], axis=1), length - 1)
     return {
       'inputs': tf.gather(_joined(inputs), full),
       'targets': tf.gather(_joined(targets), full),
       'objective': tf.gather(tf.constant(kinds, tf.int32), full),
-      'document_ids': tf.gather(ids, full),
+      'document_ids': tf.gather(tf.gather(documents, ends), full),
     }
 
   vector = tf.TensorSpec([plan.block_length], tf.int32)
@@ -341,11 +362,10 @@ def _denoise_one(chunks, denoiser: Denoiser, prefix, first_sentinel: int) -> tf.
   def denoise(chunk, seeds):
     tokens, size = chunk['tokens'][None], chunk['length'][None]
     if denoiser.mean_span is None:
-      inputs, targets = spans.split_prefix(tokens, size, seeds[0], prefix=prefix)
+      inputs, targets = spans.split_prefix(tokens, size, seeds[0], [prefix])
     else:
-      inputs, targets = spans.corrupt_spans(
-        tokens, size, denoiser.mean_span, denoiser.noise_density, seeds, first_sentinel, prefix
-      )
+      kind = ([denoiser.mean_span], [denoiser.noise_density])
+      inputs, targets = spans.corrupt_spans(tokens, size, *kind, seeds, first_sentinel, [prefix])
     return {'inputs': inputs[0], 'targets': targets[0]}
 
   return denoise(chunks)

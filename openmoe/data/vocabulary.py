@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 import sentencepiece
 import seqio
 import tensorflow as tf
+from sentencepiece import sentencepiece_model_pb2
 
 from openmoe.config import ConfigError
 
@@ -126,9 +127,13 @@ def train_vocabulary(path: str, texts: Iterable[str], pieces: int) -> None:
     _train(iter(texts), model, pieces, rules)
   finally:
     os.remove(rules)
+  proto = sentencepiece_model_pb2.ModelProto()
+  proto.ParseFromString(model.getvalue())
+  # The name of a file that is gone would make equal models differ.
+  proto.normalizer_spec.ClearField('normalization_rule_tsv')
   temporary = f'{path}.tmp{os.getpid()}'
   with open(temporary, 'wb') as f:
-    f.write(model.getvalue())
+    f.write(proto.SerializeToString(deterministic=True))
   os.replace(temporary, path)
 
 

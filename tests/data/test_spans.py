@@ -45,7 +45,8 @@ def naive_counts(length: int, mean_span: float, density: float) -> tuple[int, in
 def test_masks_have_exact_counts_and_alternate(kind, raw, shares, seed):
   lengths = [max(1, round(share * raw)) for share in shares]
   seeds = ((seed, 1), (seed, 2))
-  noise_start, text_start = spans.noise_starts(tf.constant(lengths), raw, *kind, seeds)
+  kinds = [[value] * len(lengths) for value in kind]
+  noise_start, text_start = spans.noise_starts(tf.constant(lengths), raw, *kinds, seeds)
   masks = spans.noise_mask(noise_start, text_start).numpy()
   for mask, starts, length in zip(masks, noise_start.numpy(), lengths, strict=True):
     noise, count = naive_counts(length, *kind)
@@ -61,21 +62,24 @@ def test_masks_have_exact_counts_and_alternate(kind, raw, shares, seed):
 
 @settings(max_examples=60, deadline=None)
 @given(
-  kind=st.sampled_from(KINDS),
-  sizes=st.lists(st.integers(1, 200), min_size=1, max_size=4),
+  kinds=st.lists(st.sampled_from(KINDS), min_size=4, max_size=4),
+  sizes=st.lists(st.integers(1, 200), min_size=4, max_size=4),
   seed=st.integers(0, 2**31 - 1),
 )
-def test_corrupted_spans_rebuild_the_text(kind, sizes, seed):
+def test_corrupted_spans_rebuild_the_text(kinds, sizes, seed):
   raw = max(sizes)
   docs = case.documents(sizes, seed)
   rows = np.stack([np.pad(d, (0, raw - len(d))) for d in docs])
   inputs, targets = spans.corrupt_spans(
-    tf.constant(rows), tf.constant(sizes), *kind, ((seed, 1), (seed, 2)),
-    case.FIRST_SENTINEL, prefix=(7, 8), eos_id=case.EOS,
+    tf.constant(rows), tf.constant(sizes), *zip(*kinds, strict=True), ((seed, 1), (seed, 2)),
+    case.FIRST_SENTINEL, prefixes=[(7, 8), (9,), (), (7, 8)], eos_id=case.EOS,
   )  # fmt: skip
-  for doc, left, right in zip(docs, inputs.to_list(), targets.to_list(), strict=True):
-    assert left[:2] == [7, 8] and left[-1] == case.EOS and right[-1] == case.EOS
-    left, right = left[2:-1], right[:-1]
+  pairs = zip(inputs.to_list(), targets.to_list(), strict=True)
+  for kind, doc, prefix, (left, right) in zip(
+    kinds, docs, ([7, 8], [9], [], [7, 8]), pairs, strict=True
+  ):
+    assert left[: len(prefix)] == prefix and left[-1] == case.EOS and right[-1] == case.EOS
+    left, right = left[len(prefix) : -1], right[:-1]
     if len(doc) == 1:
       assert left == doc.tolist() and right == [case.FIRST_SENTINEL]
       continue

@@ -15,8 +15,8 @@ from openmoe.data.shard import shard_name
 from openmoe.data.stream import ShardedStream, evaluation_batches, host_shards
 from tests.data import case
 
-SHARDS = 4
-ROWS = 8
+SHARDS = 2
+ROWS = 4
 LENGTHS = {'inputs': 64, 'targets': 64}
 FIELDS = ('inputs', 'targets', 'loss_weights', 'segment_ids', 'positions')
 
@@ -63,7 +63,7 @@ def test_hosts_see_their_rows_of_the_same_batch(config, whole):
   batches, _ = whole
   parts = []
   for host in range(2):
-    with ShardedStream(config, host_shards(SHARDS, host, 2)) as stream:
+    with ShardedStream(config, [host]) as stream:
       parts.append(take(stream, 3))
   for step in range(3):
     both = np.concatenate([parts[0][step], parts[1][step]], axis=1)
@@ -75,7 +75,7 @@ def test_restored_on_other_hosts_it_continues_exactly(config, whole):
   assert sorted(entries) == [shard_name(i, SHARDS) for i in range(SHARDS)]
   parts, saved = [], {}
   for host in range(2):
-    with ShardedStream(config, host_shards(SHARDS, host, 2)) as stream:
+    with ShardedStream(config, [host]) as stream:
       stream.restore(entries)
       parts.append(take(stream, 3))
       saved |= stream.state()
@@ -94,9 +94,12 @@ def test_another_seed_gives_other_batches(config, whole):
 
 def test_a_position_of_another_stream_is_refused(config, whole):
   other = dataclasses.replace(config, seed=4)
-  with ShardedStream(other, [0]) as stream, pytest.raises(ConfigError, match='seed: saved 3, now 4'):
+  with (
+    ShardedStream(other, [0]) as stream,
+    pytest.raises(ConfigError, match='seed: saved 3, now 4'),
+  ):
     stream.restore(whole[1])
-  with ShardedStream(config, [0]) as stream, pytest.raises(ConfigError, match='has no shard_00000'):
+  with ShardedStream(config, [0]) as stream, pytest.raises(ConfigError, match='no shard_00000'):
     stream.restore({})
 
 
@@ -130,7 +133,10 @@ def test_an_error_of_the_reading_thread_reaches_the_consumer(config, tmp_path):
   source = case.TextFiles({'train': str(tmp_path / 'bad.jsonl')}, bad_record='refuse')
   case.chains.add_corpus('stream_refuse', source, case.VOCABULARY)
   refusing = DataConfig('stream_refuse_full_lm', {'targets': 64}, 2, num_shards=1)
-  with ShardedStream(refusing, [0]) as stream, pytest.raises(ConfigError, match=r'bad.jsonl:10: inv'):
+  with (
+    ShardedStream(refusing, [0]) as stream,
+    pytest.raises(ConfigError, match=r'bad.jsonl:10: inv'),
+  ):
     take(stream, 10)
 
 
@@ -139,8 +145,9 @@ def test_a_shard_without_documents_is_refused(tmp_path):
   source = case.TextFiles({'train': str(tmp_path / 'few.jsonl')})
   case.chains.add_corpus('stream_few', source, case.VOCABULARY)
   few = DataConfig('stream_few_full_lm', {'targets': 64}, 4, num_shards=4)
-  with ShardedStream(few, [3]) as stream, pytest.raises(
-    ConfigError, match='shard_00003-of-00004.*stream_few_full_lm.*lower num_shards'
+  with (
+    ShardedStream(few, [3]) as stream,
+    pytest.raises(ConfigError, match='shard_00003-of-00004.*stream_few_full_lm.*lower num_shards'),
   ):
     next(stream)
 

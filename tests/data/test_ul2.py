@@ -44,9 +44,7 @@ def text_of(example) -> list[int]:
 
 
 @settings(max_examples=4, deadline=None)
-@given(
-  sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=12), seed=st.integers(0, 10**6)
-)
+@given(sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=12), seed=st.integers(0, 10**6))
 def test_fixed_examples_rebuild_the_whole_stream_in_order(sizes, seed):
   docs = case.documents(sizes, seed)
   text = [token for example in run(docs, seed=seed) for token in text_of(example)]
@@ -69,7 +67,7 @@ def test_fixed_examples_fit_and_know_their_documents():
 
 def test_denoiser_shares():
   """Exact in every block of the fixed mode, so equal epochs; in random order."""
-  examples = run(case.documents([60000] * 4))
+  examples = run(case.documents([30000] * 2))
   kinds = [int(e['objective']) for e in examples]
   share = np.bincount(kinds, minlength=6) / len(kinds)
   np.testing.assert_allclose(share, [0.1] * 5 + [0.5], atol=0.02)
@@ -122,7 +120,7 @@ def test_fixed_lengths_fill_rows(length):
 
 
 def test_fixed_mode_loses_no_sentinel_and_reference_does():
-  docs = case.documents([70000] * 4, 5)
+  docs = case.documents([9000] * 4, 5)
   for example in run(docs):
     left = [t for t in example['inputs'] if case.is_sentinel(t)]
     right = [t for t in example['targets'] if case.is_sentinel(t)]
@@ -135,7 +133,7 @@ def test_fixed_mode_loses_no_sentinel_and_reference_does():
     right = {int(t) for t in example['targets'] if case.is_sentinel(t)}
     lost += bool(right - left)
     assert len(example['inputs']) <= 64 and len(example['targets']) <= 64
-  assert lost > 100
+  assert lost > 20
 
 
 def _reference(docs):
@@ -149,9 +147,7 @@ def test_noprefix_is_the_same_function_with_a_flag():
 
 
 def test_more_spans_than_sentinels_is_refused():
-  features = {
-    k: seqio.Feature(seqio.ByteVocabulary(extra_ids=10)) for k in ('inputs', 'targets')
-  }
+  features = {k: seqio.Feature(seqio.ByteVocabulary(extra_ids=10)) for k in ('inputs', 'targets')}
   with pytest.raises(ConfigError, match='sentinels.*10 extra ids'):
     ul2.ul2_objective(case.dataset([]), {'inputs': 512, 'targets': 512}, features)
 
