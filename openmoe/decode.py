@@ -148,7 +148,4 @@ def generate(
     sampling=sampling,
     eos_id=eos_id,
   )
-  results = []
-  for row in np.asarray(new).tolist():
-    results.append(row[: row.index(eos_id)] if eos_id in row else row)
-  return results
+  return [row[: row.index(eos_id)] if eos_id in row else row for row in np.asarray(new).tolist()]

@@ -76,7 +76,8 @@ class Feed:
     """Stream positions that this process saves, by shard."""
     entries = self._stream.state()
     return {
-      name: entries[name] for name, shard in zip(entries, self._shards, strict=True)
+      name: entries[name]
+      for name, shard in zip(entries, self._shards, strict=True)
       if shard in self._saves
     }
 
@@ -84,9 +85,7 @@ class Feed:
     self._stream.restore(entries)
 
 
-def evaluation_feed(
-  mesh: jax.sharding.Mesh, config: DataConfig, num_batches: int
-) -> list[Batch]:
+def evaluation_feed(mesh: jax.sharding.Mesh, config: DataConfig, num_batches: int) -> list[Batch]:
   """The same global batches every time, on the mesh.
 
   One process alone gives what the split holds; several give num_batches, padded where it ends.
@@ -98,9 +97,7 @@ def evaluation_feed(
   return [place(mesh, config, mine, batch) for batch in batches]
 
 
-def place(
-  mesh: jax.sharding.Mesh, config: DataConfig, shards: list[int], local: Batch
-) -> Batch:
+def place(mesh: jax.sharding.Mesh, config: DataConfig, shards: list[int], local: Batch) -> Batch:
   """Local rows, in shard order, as global [b, t] arrays."""
   each = config.batch_size // config.num_shards
   where = {shard: i * each for i, shard in enumerate(shards)}

@@ -160,9 +160,7 @@ def adafactor(config: OptimizerConfig, axes: PyTree, schedule: optax.Schedule):
     rate = schedule(state.count)
     flat_grads, tree = jax.tree.flatten(grads)
     flat = [tree.flatten_up_to(t) for t in (state.moments, params, axes)]
-    pairs = [
-      update_one(*leaves, decay, rate) for leaves in zip(flat_grads, *flat, strict=True)
-    ]
+    pairs = [update_one(*leaves, decay, rate) for leaves in zip(flat_grads, *flat, strict=True)]
     updates, moments = zip(*pairs, strict=True)
     new_state = AdafactorState(state.count + 1, tree.unflatten(moments))
     return tree.unflatten(updates), new_state

@@ -35,8 +35,8 @@ from openmoe.data.statistics import unigram_entropy
 from openmoe.feed import Feed, evaluation_feed
 from openmoe.metrics import MetricsWriter
 from openmoe.optimizer import learning_rate, make_optimizer
-from openmoe.run_record import write_run_record
 from openmoe.plan import abstract_state, flops_per_token
+from openmoe.run_record import write_run_record
 from openmoe.train_state import TrainState, build_model, init_state, state_shardings
 from openmoe.train_step import eval_step, train_step
 from openmoe.types import Batch, PyTree

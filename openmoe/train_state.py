@@ -54,9 +54,7 @@ def abstract_params(config: ModelConfig) -> tuple[PyTree, PyTree]:
   return nn.unbox(boxed), axes
 
 
-def init_state(
-  model: nn.Module, optimizer: optax.GradientTransformation, seed: int
-) -> TrainState:
+def init_state(model: nn.Module, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
   """Step 0. A function of the seed alone: threefry keys, the same on every mesh."""
   with partitioning.without_mesh():
     variables = model.init(jax.random.key(seed), empty_batch(1, 8), train=False)

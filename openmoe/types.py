@@ -57,7 +57,7 @@ class Routing:
   expert_index_gtk: Array
   combine_weights_gtk: Array
   slot_gtk: Array
-  stats: 'RouterStats'
+  stats: RouterStats
 
 
 @flax.struct.dataclass

@@ -1,8 +1,8 @@
 """t5x's command line: gin files, gin bindings, and the errors a wrong name deserves.
 
-  --gin_file=A --gin_file=B      read in order; later bindings win
-  --gin.NAME=VALUE               a macro (or scope/module.Class.field), after all files
-  --gin_search_paths=DIR,DIR     where relative gin files are looked for, after the project
+--gin_file=A --gin_file=B      read in order; later bindings win
+--gin.NAME=VALUE               a macro (or scope/module.Class.field), after all files
+--gin_search_paths=DIR,DIR     where relative gin files are looked for, after the project
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-import gin
 from absl import flags
 
+import gin
 from openmoe import config as config_lib
 from openmoe.config import ConfigError
 

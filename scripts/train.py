@@ -19,10 +19,10 @@ import sys
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
-import gin
 import jax
 from absl import app, flags, logging
 
+import gin
 from openmoe import train as train_lib
 from openmoe.checkpoint import CheckpointError
 from openmoe.config import ConfigError

@@ -119,9 +119,7 @@ def mask_combine(buffer_erd: Array, weights_gtec: Array) -> Array:
   """[e, g * c, d] -> float32 [g, t, d]."""
   g, _, e, c = weights_gtec.shape
   buffer_egcd = buffer_erd.reshape(e, g, c, -1)
-  return jnp.einsum(
-    'egcd,gtec->gtd', buffer_egcd, weights_gtec, preferred_element_type=jnp.float32
-  )
+  return jnp.einsum('egcd,gtec->gtd', buffer_egcd, weights_gtec, preferred_element_type=jnp.float32)
 
 
 def sorted_slots(expert_nk: Array, num_experts: int, start_e: Array, num_slots: int) -> SlotMap:

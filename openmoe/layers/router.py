@@ -32,7 +32,7 @@ def expert_capacity(
   320
   """
   per_token = top_k if convention is CapacityConvention.WITH_TOP_K else 1
-  slots = int(round(capacity_factor * per_token * tokens_per_group / num_experts))
+  slots = round(capacity_factor * per_token * tokens_per_group / num_experts)
   return max(slots, min_capacity)
 
 
