@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 
+import seqio
+
 from openmoe.config import ConfigError
 
 DEMO_DATA_DIR = 'runs/demo_data'
@@ -41,10 +43,12 @@ class Locations:
   Attributes:
     vocabulary: see vocabulary_path.
     data_dir: see data_dir.
+    cache_dir: where scripts.cache_tasks wrote; read by data with use_cached.
   """
 
   vocabulary: str | None = None
   data_dir: str | None = None
+  cache_dir: str | None = None
 
   def register(self) -> None:
     """Makes them those of this process."""
@@ -54,3 +58,5 @@ class Locations:
     ):
       if value is not None:
         os.environ[name] = value
+    if self.cache_dir is not None:
+      seqio.add_global_cache_dirs([self.cache_dir])

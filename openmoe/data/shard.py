@@ -21,7 +21,7 @@ import seqio
 import tensorflow as tf
 
 from openmoe.config import ConfigError, DataConfig
-from openmoe.data import features
+from openmoe.data import cache, features
 from openmoe.data.concat import plain
 from openmoe.data.features import Example, Row
 
@@ -122,6 +122,7 @@ class Shard:
         f'{config.mixture_or_task_name} has no split {config.split!r}, only '
         f'{sorted(self._provider.splits)}.'
       )
+    self._check_sharing()
     arguments = {
       'sequence_length': dict(config.task_feature_lengths),
       'split': config.split,
@@ -143,6 +144,26 @@ class Shard:
     # Buffers that grow with the memory they find would grow the saved position as well.
     options.autotune.ram_budget = 256 << 20
     return dataset.with_options(options)
+
+  @property
+  def _tasks(self) -> list[seqio.Task]:
+    tasks = getattr(self._provider, 'tasks', [self._provider])
+    return [task for task in tasks if self._config.split in task.splits]
+
+  def _check_sharing(self) -> None:
+    """Refuses sources that shards cannot share without reading each other's examples."""
+    config = self._config
+    for task in self._tasks:
+      if config.use_cached:
+        cache.check_cached(task, config.num_shards, config.split)
+      elif config.shuffle and not task.source.supports_arbitrary_sharding:
+        # seqio would deal the examples of a stream that every shard shuffles differently.
+        files = len(task.source.list_shards(config.split))
+        if files < config.num_shards:
+          raise ConfigError(
+            f'{task.name} has {files} files of split {config.split!r}, fewer than num_shards='
+            f'{config.num_shards}: lower num_shards, or use openmoe.data.tfds_source.'
+          )
 
   def _select(self, example):
     wanted = {
@@ -188,19 +209,10 @@ class Shard:
 
   def _why_empty(self) -> str:
     config = self._config
-    tasks = getattr(self._provider, 'tasks', [self._provider])
     info = seqio.ShardInfo(index=self._shard, num_shards=config.num_shards)
     empty = []
-    for task in tasks:
-      if config.split not in task.splits:
-        continue
-      source = task.source
-      options = {'split': config.split, 'shuffle': False}
-      few = not source.supports_arbitrary_sharding
-      if few and len(source.list_shards(config.split)) < config.num_shards:
-        found = source.get_dataset(**options).shard(info.num_shards, info.index)
-      else:
-        found = source.get_dataset(shard_info=info, **options)
+    for task in self._tasks:
+      found = task.source.get_dataset(split=config.split, shuffle=False, shard_info=info)
       if not list(found.take(1)):
         empty.append(task.name)
     return (
