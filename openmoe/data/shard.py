@@ -188,16 +188,9 @@ class Shard:
       return
     except tf.errors.OpError as error:
       raise ConfigError(f'{self.name} cannot read its data: {error.message}') from error
-    sides = {'inputs': [np.zeros(0, np.int32)] * int(group['targets'].nrows())}
-    for key in self._config.task_feature_lengths:
-      values, splits = group[key].flat_values.numpy(), group[key].row_splits.numpy()
-      if len(values) and (values.max() >= self._vocab_size or values.min() < 0):
-        bad = values[(values >= self._vocab_size) | (values < 0)][0]
-        raise ConfigError(
-          f'{self.name} of {self._config.mixture_or_task_name} gave token id {bad}, outside the '
-          f'vocabulary of {self._vocab_size}: was it cached with another vocabulary?'
-        )
-      sides[key] = np.split(values, splits[1:-1])
+    sides = {key: self._checked(group[key]) for key in self._config.task_feature_lengths}
+    if 'inputs' not in sides:
+      sides['inputs'] = [np.zeros(0, np.int32)] * len(sides['targets'])
     sources = group['source'].numpy()
     documents, objectives = group['document_ids'].numpy(), group['objective'].numpy()
     for i, (inputs, targets) in enumerate(zip(sides['inputs'], sides['targets'], strict=True)):
@@ -206,6 +199,22 @@ class Shard:
       ids = (int(documents[i, 0]), int(documents[i, 1]))
       label = sources[i].decode()
       self._examples.append(Example(inputs, targets, label, ids, int(objectives[i])))
+
+  def _checked(self, tokens: tf.RaggedTensor | tf.Tensor) -> list[np.ndarray]:
+    """The token arrays of a group, all inside the vocabulary."""
+    if isinstance(tokens, tf.RaggedTensor):
+      values, splits = tokens.flat_values.numpy(), tokens.row_splits.numpy()
+      rows = np.split(values, splits[1:-1])
+    else:  # a task whose examples all have one length
+      values = tokens.numpy()
+      rows = list(values)
+    bad = values[(values >= self._vocab_size) | (values < 0)]
+    if len(bad):
+      raise ConfigError(
+        f'{self.name} of {self._config.mixture_or_task_name} gave token id {bad[0]}, outside the '
+        f'vocabulary of {self._vocab_size}: was it cached with another vocabulary?'
+      )
+    return rows
 
   def _why_empty(self) -> str:
     config = self._config
