@@ -27,7 +27,7 @@ os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
 import numpy as np
 import seqio
-from absl import app, flags, logging
+from absl import flags, logging
 
 from openmoe.config import ConfigError, DataConfig
 from openmoe.data.features import Example, Row
@@ -36,27 +36,46 @@ from openmoe.data.stream import ShardedStream
 from openmoe.data.ul2 import DENOISERS
 from openmoe.types import Batch
 
-_MIXTURE = flags.DEFINE_string('mixture', None, 'Task or mixture.', required=True)
-_STEP = flags.DEFINE_integer('step', 0, 'Batch to show, from 0.')
-_SUMMARY = flags.DEFINE_bool('summary', False, 'Print figures over --steps batches instead.')
-_STEPS = flags.DEFINE_integer('steps', 20, 'Batches of the summary.')
-_JSON = flags.DEFINE_bool('json', False, 'Print the summary as one JSON object.')
+# Flags of this script alone: tests import it beside scripts.train, which has some of these names.
+_FLAGS = flags.FlagValues()
+_MIXTURE = flags.DEFINE_string(
+  'mixture', None, 'Task or mixture.', required=True, flag_values=_FLAGS
+)
+_STEP = flags.DEFINE_integer('step', 0, 'Batch to show, from 0.', flag_values=_FLAGS)
+_SUMMARY = flags.DEFINE_bool(
+  'summary', False, 'Print figures over --steps batches instead.', flag_values=_FLAGS
+)
+_STEPS = flags.DEFINE_integer('steps', 20, 'Batches of the summary.', flag_values=_FLAGS)
+_JSON = flags.DEFINE_bool(
+  'json', False, 'Print the summary as one JSON object.', flag_values=_FLAGS
+)
 _LENGTHS = flags.DEFINE_string(
-  'task_feature_lengths', None, "Such as {'inputs': 128, 'targets': 128}."
+  'task_feature_lengths', None, "Such as {'inputs': 128, 'targets': 128}.", flag_values=_FLAGS
 )
-_BATCH = flags.DEFINE_integer('batch_size', 8, 'Rows of the global batch.')
-_SHARDS = flags.DEFINE_integer('num_shards', 8, 'Logical shards.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Data seed.')
-_SPLIT = flags.DEFINE_string('split', 'train', 'Split.')
-_CACHED = flags.DEFINE_bool('use_cached', False, 'Read what scripts.cache_tasks wrote.')
-_CACHE_DIRS = flags.DEFINE_list('cache_dirs', [], 'Where it wrote it.')
-_POSITION = flags.DEFINE_string('position', None, 'Folder with saved data positions.')
-_TFDS = flags.DEFINE_string('tfds_data_dir', None, 'Where TFDS data sets lie.')
+_BATCH = flags.DEFINE_integer('batch_size', 8, 'Rows of the global batch.', flag_values=_FLAGS)
+_SHARDS = flags.DEFINE_integer('num_shards', 8, 'Logical shards.', flag_values=_FLAGS)
+_SEED = flags.DEFINE_integer('seed', 0, 'Data seed.', flag_values=_FLAGS)
+_SPLIT = flags.DEFINE_string('split', 'train', 'Split.', flag_values=_FLAGS)
+_CACHED = flags.DEFINE_bool(
+  'use_cached', False, 'Read what scripts.cache_tasks wrote.', flag_values=_FLAGS
+)
+_CACHE_DIRS = flags.DEFINE_list('cache_dirs', [], 'Where it wrote it.', flag_values=_FLAGS)
+_POSITION = flags.DEFINE_string(
+  'position', None, 'Folder with saved data positions.', flag_values=_FLAGS
+)
+_TFDS = flags.DEFINE_string('tfds_data_dir', None, 'Where TFDS data sets lie.', flag_values=_FLAGS)
 _MODULES = flags.DEFINE_list(
-  'modules', ['tasks.demo', 'tasks.pretraining', 'tasks.sft'], 'Modules that register tasks.'
+  'modules',
+  ['tasks.demo', 'tasks.pretraining', 'tasks.sft'],
+  'Modules that register tasks.',
+  flag_values=_FLAGS,
 )
-_FILES = flags.DEFINE_string('text_files', None, 'Files to register as text_files_*.')
-_COLOR = flags.DEFINE_enum('color', 'auto', ['auto', 'always', 'never'], 'Colour the tokens.')
+_FILES = flags.DEFINE_string(
+  'text_files', None, 'Files to register as text_files_*.', flag_values=_FLAGS
+)
+_COLOR = flags.DEFINE_enum(
+  'color', 'auto', ['auto', 'always', 'never'], 'Colour the tokens.', flag_values=_FLAGS
+)
 
 _LOSS, _CONTEXT, _SENTINEL, _HEAD, _END = '\033[32m', '\033[2m', '\033[33m', '\033[1m', '\033[0m'
 
@@ -148,8 +167,11 @@ def summarise(config: DataConfig, stream: ShardedStream, steps: int) -> dict[str
   tokens, examples = collections.Counter(), collections.Counter()
   objectives = collections.Counter()
   filled = loss = positions = 0
-  begin = time.perf_counter()
+  begin, first = time.perf_counter(), 0
   for batch in itertools.islice(stream, steps):
+    if not positions:
+      # Opening the pipelines is no part of the rate.
+      begin, first = time.perf_counter(), int((batch.segment_ids > 0).sum())
     filled += int((batch.segment_ids > 0).sum())
     loss += int(batch.loss_weights.sum())
     positions += batch.targets.size
@@ -168,7 +190,7 @@ def summarise(config: DataConfig, stream: ShardedStream, steps: int) -> dict[str
     'tokens': dict(sorted(tokens.items())),
     'padding_share': round(1 - filled / max(positions, 1), 4),
     'loss_share': round(loss / max(positions, 1), 4),
-    'tokens_per_second': round(filled / seconds),
+    'tokens_per_second': round((filled - first) / seconds),
     'skipped_records': _skipped(),
   }
 
@@ -205,7 +227,7 @@ def show_step(config: DataConfig, stream: ShardedStream, step: int) -> None:
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
-    raise app.UsageError(f'Unknown arguments: {argv[1:]}')
+    sys.exit(f'error: unknown arguments {argv[1:]}')
   logging.set_verbosity(logging.WARNING)
   for module in _MODULES.value:
     __import__(module)
@@ -234,5 +256,17 @@ def main(argv: list[str]) -> None:
       print(f'{name}: {value}')
 
 
+def run() -> None:
+  """Entry point."""
+  flags.DEFINE_bool('help', False, 'Show this.', flag_values=_FLAGS)
+  if '--help' in sys.argv:
+    sys.exit(f'{__doc__}\n{_FLAGS.module_help(sys.argv[0]) or _FLAGS.get_help()}')
+  try:
+    rest = _FLAGS(sys.argv)
+  except flags.Error as error:
+    sys.exit(f'error: {error}')
+  main(rest)
+
+
 if __name__ == '__main__':
-  app.run(main)
+  run()
