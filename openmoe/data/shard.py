@@ -14,6 +14,7 @@ import io
 import json
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -103,11 +104,18 @@ class Shard:
     self._provider = find_provider(config.mixture_or_task_name)
     vocabulary = self._provider.output_features['targets'].vocabulary
     self._vocab_size = vocabulary.vocab_size
-    self._iterator = iter(self._dataset())
+    # TensorFlow's threads call back into Python to parse records. An iterator that outlived the
+    # interpreter would wait for its lock for ever, so it is given up before, closed or not.
+    self._held = [iter(self._dataset())]
+    self._release = weakref.finalize(self, self._held.clear)
     self._packer = features.Packer(config.row_length, features.OPEN_ROWS if config.pack else 0)
     self._examples: collections.deque[Example] = collections.deque()
     self._rows: collections.deque[Row] = collections.deque()
     self._ended = False
+
+  def close(self) -> None:
+    """Ends TensorFlow's threads of this shard; may be called twice."""
+    self._release()
 
   def _dataset(self) -> tf.data.Dataset:
     config = self._config
@@ -180,7 +188,7 @@ class Shard:
   def _read(self) -> None:
     """Takes the next group of examples from TensorFlow."""
     try:
-      group = next(self._iterator)
+      group = next(self._held[0])
     except StopIteration:
       if self._config.num_epochs is None:
         raise ConfigError(self._why_empty()) from None
@@ -261,7 +269,7 @@ class Shard:
       'ended': self._ended,
     }
     arrays = features.pack_examples(examples)
-    files = _save_iterator(self._iterator)
+    files = _save_iterator(self._held[0])
     for name, content in files.items():
       arrays[f'file:{name}'] = np.frombuffer(content, np.uint8)
     arrays['header'] = np.array(json.dumps(header, sort_keys=True))
@@ -290,7 +298,7 @@ class Shard:
         'settings it was saved with, or start a new run directory.'
       )
     files = {k[5:]: v.tobytes() for k, v in arrays.items() if k.startswith('file:')}
-    _load_iterator(self._iterator, files)
+    _load_iterator(self._held[0], files)
     examples = iter(features.unpack_examples(arrays))
     self._rows = collections.deque(_take_rows(examples, header['row_sizes']))
     self._packer.reopen(_take_rows(examples, header['open_sizes']))

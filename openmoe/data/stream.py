@@ -10,10 +10,13 @@ it is exact at the last batch that was yielded and replays nothing.
 
 from __future__ import annotations
 
+import atexit
 import collections
 import dataclasses
+import functools
 import itertools
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 
 from openmoe.config import ConfigError, DataConfig
@@ -74,6 +77,9 @@ class ShardedStream:
     self._working = threading.Lock()
     self._changed = threading.Condition()
     self.last_rows: list[Row] = []
+    # A stream nobody closed must not read on while the interpreter is taken down.
+    self._at_exit = functools.partial(_close, weakref.ref(self))
+    atexit.register(self._at_exit)
 
   def __enter__(self) -> ShardedStream:
     return self
@@ -149,6 +155,8 @@ class ShardedStream:
     Raises:
       whatever stopped the reading thread.
     """
+    if self._closed:
+      raise RuntimeError('The stream is closed.')
     with self._working:
       if self._error is not None and not isinstance(self._error, StopIteration):
         raise self._error
@@ -184,6 +192,15 @@ class ShardedStream:
     if self._thread is not None:
       self._thread.join()
       self._thread = None
+    for shard in self._shards:
+      shard.close()
+    atexit.unregister(self._at_exit)
+
+
+def _close(stream: weakref.ref[ShardedStream]) -> None:
+  alive = stream()
+  if alive is not None:
+    alive.close()
 
 
 def evaluation_batches(

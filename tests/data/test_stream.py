@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -169,3 +171,22 @@ def test_closing_stops_the_thread(config):
   assert not [t for t in threading.enumerate() if t.name == 'data-stream']
   with pytest.raises(RuntimeError, match='closed'):
     next(stream)
+
+
+def test_a_process_that_closes_nothing_still_ends(tmp_path):
+  """TensorFlow's threads parse records in Python: they must stop before the interpreter does."""
+  case.write_corpus(tmp_path, 'left_open')
+  code = f"""
+import pathlib
+from openmoe.config import DataConfig
+from openmoe.data.stream import ShardedStream
+from tests.data import case
+case.add_corpus(pathlib.Path({str(tmp_path)!r}), 'left_open')
+config = DataConfig('left_open_full_lm', {{'targets': 64}}, 4, num_shards=2)
+stream = ShardedStream(config, range(2))
+print(next(stream).targets.shape)
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, timeout=120, check=True
+  )
+  assert done.stdout == '(4, 64)\n'
