@@ -233,23 +233,28 @@ def shard_index(logical: str) -> Array | int:
   return jax.lax.axis_index(axes) if axes else 0
 
 
+def _split_axes(logical: str) -> list[str]:
+  """Mesh axes that really split a logical axis; collectives over one device are left out."""
+  return [axis for axis in mesh_axes(logical) if current_mesh().shape[axis] > 1]
+
+
 def gather(x: Array, logical: str, dim: int) -> Array:
   """Inside per_shard: puts the pieces of a dimension together on every device."""
-  for axis in mesh_axes(logical):
+  for axis in _split_axes(logical):
     x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
   return x
 
 
 def reduce_scatter(x: Array, logical: str, dim: int) -> Array:
   """Inside per_shard: sums over the devices, each keeping its piece of a dimension."""
-  for axis in mesh_axes(logical):
+  for axis in _split_axes(logical):
     x = jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
   return x
 
 
 def exchange(x: Array, logical: str, split_dim: int, concat_dim: int) -> Array:
   """Inside per_shard: all-to-all; splits one dimension over the devices, joins another."""
-  for axis in mesh_axes(logical):
+  for axis in _split_axes(logical):
     x = jax.lax.all_to_all(x, axis, split_axis=split_dim, concat_axis=concat_dim, tiled=True)
   return x
 

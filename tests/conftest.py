@@ -5,7 +5,11 @@ Tests run on eight simulated CPU devices, so that meshes are real; TensorFlow is
 
 import os
 
-_DEVICES = '--xla_force_host_platform_device_count=8'
+# Compilation is most of the time of these tests, and none of them is about speed.
+_DEVICES = (
+  '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 '
+  '--xla_llvm_disable_expensive_passes=true'
+)
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):

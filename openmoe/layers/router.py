@@ -71,6 +71,22 @@ def upstream_group_size(
   return num_tokens // groups
 
 
+def top_k(x_gte: Array, k: int) -> tuple[Array, Array]:
+  """The k largest values and their int32 indices, [g, t, k]; ties go to the lower index.
+
+  k passes of argmax and not `lax.top_k`: that is a custom call, which XLA gathers the tokens of
+  all devices for, and whose gradient is a scatter (docs/LOG.md).
+  """
+  left_gte, values, indices = x_gte, [], []
+  for _ in range(k):
+    index_gt = jnp.argmax(left_gte, axis=-1)
+    chosen_gte = jax.nn.one_hot(index_gt, x_gte.shape[-1], dtype=jnp.bool_)
+    values.append(jnp.sum(jnp.where(chosen_gte, x_gte, 0), axis=-1))
+    indices.append(index_gt.astype(jnp.int32))
+    left_gte = jnp.where(chosen_gte, -jnp.inf, left_gte)
+  return jnp.stack(values, axis=-1), jnp.stack(indices, axis=-1)
+
+
 def assign_slots(expert_index_gtk: Array, valid_gt: Array | None, num_experts: int) -> Array:
   """Place of each choice in its expert's buffer, int32 [g, t, k]; -1 where the token is padding.
 
@@ -126,9 +142,9 @@ def route(
   e, k = config.num_experts, config.top_k
   probs_gte = jax.nn.softmax(router_logits_gte, axis=-1)
   if config.router_order is RouterOrder.SOFTMAX_TOP_K:
-    weights_gtk, index_gtk = jax.lax.top_k(probs_gte, k)  # raw, not renormalised over the k
+    weights_gtk, index_gtk = top_k(probs_gte, k)  # raw, not renormalised over the k
   else:
-    top_logits_gtk, index_gtk = jax.lax.top_k(router_logits_gte, k)
+    top_logits_gtk, index_gtk = top_k(router_logits_gte, k)
     weights_gtk = jax.nn.softmax(top_logits_gtk, axis=-1)
   if valid_gt is not None:
     weights_gtk = weights_gtk * valid_gt[..., None]

@@ -128,9 +128,14 @@ def _logits_and_stats(config, params, batch, train: bool):
   """(logits, the recorded eight scalars in their order) of one forward pass."""
   model = build_model(config)
   normalizer = jnp.sum(batch.loss_weights)
-  logits = model.apply({'params': params}, batch, train).logits()
-  args = (params, batch, normalizer, jax.random.key(0), model, config, train)
-  loss, aux = loss_fn(*args)
+
+  @jax.jit
+  def run(params, batch):
+    logits = model.apply({'params': params}, batch, train).logits()
+    loss = loss_fn(params, batch, normalizer, jax.random.key(0), model, config, train)
+    return logits, loss
+
+  logits, (loss, aux) = run(params, batch)
   scalars, router = aux['scalars'], aux['router']
   z_loss = scalars['logit_z_loss']
   losses = [loss, scalars['cross_entropy'] + z_loss, z_loss]
@@ -188,7 +193,8 @@ def compare(file: Mapping, dispatch: str = 'scatter') -> dict[str, float]:
   config = model_config(file, 'float32', dispatch)
   params = import_tree(file, 'params', config)
   key, model, total = jax.random.key(0), build_model(config), jnp.sum(batch.loss_weights)
-  grads, _ = jax.grad(loss_fn, has_aux=True)(params, batch, total, key, model, config, True)
+  loss = lambda p: loss_fn(p, batch, total, key, model, config, True)
+  grads, _ = jax.jit(jax.grad(loss, has_aux=True))(params)
   result['grads_rel'] = _relative(file, 'f32/grad', grads, config)
   recorded_grads = import_tree(file, 'f32/grad', config)
   result['adafactor_rel'] = _adafactor(file, params, recorded_grads, config)

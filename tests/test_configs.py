@@ -1,0 +1,183 @@
+"""Every gin file parses and builds; every size has exactly the published number of parameters."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import gin
+from openmoe.config import (
+  ConfigError,
+  DataConfig,
+  MeshConfig,
+  ModelConfig,
+  MoEConfig,
+  OptimizerConfig,
+  TrainConfig,
+)
+from openmoe.plan import abstract_mesh, flops_per_token, make_plan
+from openmoe.train import check
+from openmoe.train_state import (
+  abstract_params,
+  active_params,
+  build_model,
+  count_params,
+  empty_batch,
+)
+from scripts import gin_flags
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Totals and activated parameters in blocks: the released checkpoints' own (docs/PARITY.md).
+SIZES = {
+  'openmoe_base': (799_663_104, 141_616_128),
+  'openmoe_8b': (11_855_046_656, 2_751_834_112),
+  'openmoe_34b': (46_270_737_408, 8_456_727_552),
+  'openllama_base': (497_634_048, 103_828_224),
+  'openllama_large': (3_264_841_728, 2_214_692_864),
+}
+SPARSE = {
+  'openmoe_base': (3, 7, 11),
+  'openmoe_8b': (5, 11, 17, 23),
+  'openmoe_34b': (3, 7, 11, 15, 19, 23, 27, 31),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_gin():
+  gin.clear_config()
+  yield
+  gin.clear_config()
+
+
+def model_of(name: str) -> ModelConfig:
+  gin.parse_config_file(str(ROOT / 'gin' / 'models' / f'{name}.gin'))
+  gin.parse_config('from __gin__ import dynamic_registration\nfrom openmoe import config\n')
+  return gin.get_configurable(ModelConfig)()
+
+
+@pytest.mark.parametrize('name', SIZES)
+def test_parameter_counts(name):
+  model = model_of(name)
+  assert count_params(abstract_params(model)[0]) == SIZES[name][0]
+  assert active_params(model) == SIZES[name][1]
+  assert model.sparse_layers == SPARSE.get(name, ())
+
+
+@pytest.mark.parametrize('name', [*SIZES, 'openmoe_tiny'])
+def test_every_size_runs_abstractly(name):
+  model = model_of(name)
+  module = build_model(model)
+  shapes = abstract_params(model)[0]
+  run = lambda p: module.apply({'params': p}, empty_batch(2, 64), train=True).hidden_btd
+  out = jax.eval_shape(run, shapes)
+  assert out.shape == (2, 64, model.embed_dim)
+  assert out.dtype == jnp.dtype(model.dtype)
+
+
+def test_model_flops_of_the_8b():
+  # 6 x (activated in blocks + output layer) = 19.66 G, and 24 layers of causal attention.
+  assert flops_per_token(model_of('openmoe_8b'), 2048) == pytest.approx(20.5e9, rel=0.01)
+
+
+def test_plan_of_a_pod_without_one():
+  model = model_of('openmoe_8b')
+  mesh_config = MeshConfig(num_expert_partitions=32, num_model_partitions=8, fsdp=True)
+  mesh = abstract_mesh(mesh_config, 512)
+  plan = make_plan(model, OptimizerConfig(), mesh_config, mesh, 1024, 2048)
+  assert plan.total_params == SIZES['openmoe_8b'][0]
+  experts = [row for row in plan.rows if row.path.endswith('experts/wi_0/kernel')]
+  assert experts[0].device_bytes == 4 * 4 * 32 * 2048 * 2 * 8192 // 512
+
+
+def _run_config(**changes):
+  moe = MoEConfig(changes.pop('num_experts', 8), group_size=changes.pop('group_size', 256))
+  sizes = {'vocab_size': 2048, 'num_layers': 4, 'embed_dim': 128, 'mlp_dim': 256}
+  sizes |= {'num_heads': 4, 'head_dim': 32, 'num_sparse_layers': 2, 'moe': moe}
+  model = ModelConfig('m', **{k: changes.pop(k, v) for k, v in sizes.items()})
+  data = DataConfig('x', {'inputs': 128, 'targets': 128}, changes.pop('batch_size', 16))
+  partitions = changes.pop('partitions', (4, 1))
+  assert not changes
+  return model, data, MeshConfig(*partitions)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'words'),
+  [
+    ({'batch_size': 24, 'partitions': (1, 1), 'group_size': 100}, ['group_size=100', '768', '96']),
+    ({'partitions': (3, 1)}, ['8 devices', 'NUM_EXPERT_PARTITIONS=3']),
+    ({'num_experts': 6}, ['num_experts=6', 'NUM_EXPERT_PARTITIONS=4', '[1, 2, 3, 6]']),
+    ({'vocab_size': 2049, 'partitions': (1, 2)}, ['vocab_size=2049', '[1]']),
+    ({'num_heads': 3, 'partitions': (1, 8)}, ['num_heads=3']),
+  ],
+)
+def test_what_the_mesh_cannot_split_is_refused(changes, words):
+  model, data, mesh = _run_config(**changes)
+  run = TrainConfig('somewhere', total_steps=1)
+  with pytest.raises(ConfigError) as error:
+    check(run, model, data, None, abstract_mesh(mesh, 8))
+  assert all(word in str(error.value) for word in words), error.value
+
+
+def test_batch_must_divide():
+  model, data, mesh = _run_config(batch_size=24)
+  run = TrainConfig('somewhere', total_steps=1, num_microbatches=2)
+  with pytest.raises(ConfigError, match=r'batch_size=24 .* 16; the next that fits is 32'):
+    check(run, model, data, None, abstract_mesh(mesh, 8))
+
+
+@pytest.mark.parametrize(
+  ('make', 'words'),
+  [
+    (lambda: MoEConfig(4, top_k=5), ['top_k=5', 'num_experts=4']),
+    (lambda: MoEConfig(4, dispatch='scater'), ['scater', "Did you mean 'scatter'"]),
+    (lambda: DataConfig('x', {'inputs': 4}, 8), ['targets']),
+    (lambda: DataConfig('x', {'targets': 4}, 12), ['num_shards=8', '16']),
+    (lambda: OptimizerConfig(schedule='rsqrt', warmup_steps=0), ['rsqrt']),
+  ],
+)
+def test_configs_refuse_nonsense(make, words):
+  with pytest.raises(ConfigError) as error:
+    make()
+  assert all(word in str(error.value) for word in words)
+
+
+FILES = tuple(
+  f'--gin_file=gin/{name}.gin'
+  for name in ('models/openmoe_tiny', 'runs/pretrain', 'experiments/demo')
+)
+
+
+@pytest.mark.parametrize(
+  ('args', 'words'),
+  [
+    (FILES, ['MODEL_DIR must be set']),
+    ((*FILES, '--gin.BATCHSIZE=3'), ['BATCHSIZE', 'BATCH_SIZE']),
+    ((*FILES, "--gin.MODEL_DIR='x'", '--gin.config.MoEConfig.num_expert=3'), ['num_experts']),
+    (('--gin_file=gin/models/openmoe_8.gin',), ['gin/models/openmoe_8b.gin']),
+    ((*FILES, "--gin.MODEL_DIR='x'", '--tfds_data_dir=/no/such'), ['/no/such', 'does not exist']),
+  ],
+)
+def test_wrong_input_is_refused_with_the_nearest_names(args, words):
+  done = _refused(args)
+  assert all(word in done for word in words), done
+
+
+def _refused(args) -> str:
+  """The error of configure(), in process: what the command prints."""
+  from absl import flags
+
+  from scripts import train
+
+  saved = flags.FLAGS.is_parsed()
+  flags.FLAGS(['train', *gin_flags.rewrite(args)])
+  try:
+    with pytest.raises(ConfigError) as error:
+      train.configure()
+    return str(error.value)
+  finally:
+    flags.FLAGS.unparse_flags()
+    for name in ('gin_file', 'gin_bindings', 'tfds_data_dir'):
+      flags.FLAGS[name].unparse()
+    if saved:
+      flags.FLAGS.mark_as_parsed()

@@ -1,0 +1,226 @@
+"""The run around the step: resume after any stop, refusals, divergence, and what is left behind."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from openmoe import train as train_lib
+from openmoe.config import (
+  ConfigError,
+  DataConfig,
+  MeshConfig,
+  ModelConfig,
+  MoEConfig,
+  OptimizerConfig,
+  TrainConfig,
+)
+from openmoe.data.vocabulary import train_vocabulary
+from openmoe.feed import Feed
+from openmoe.metrics import read_records, read_router
+from tasks import demo_corpus
+from tasks.text_files import UserFiles
+
+ROOT = pathlib.Path(__file__).parent.parent
+LENGTHS = {'targets': 32}
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+  """A corpus of the user's own and its vocabulary."""
+  folder = tmp_path_factory.mktemp('corpus')
+  rng = np.random.default_rng(0)
+  words = np.array(['red', 'blue', 'one', 'two', 'cat', 'dog', 'runs', 'sits', 'the', 'a'])
+  lines = [' '.join(rng.choice(words, 60)) for _ in range(400)]
+  (folder / 'text.jsonl').write_text('\n'.join(json.dumps({'text': line}) for line in lines))
+  path = str(folder / 'vocabulary.model')
+  train_vocabulary(path, lines, 300)
+  return UserFiles(
+    str(folder / 'text.jsonl'), 'run_test', path, demo_corpus.EXTRA_IDS, held_out_every=10
+  )
+
+
+def arguments(model_dir, source, **changes):
+  moe = MoEConfig(4, group_size=32)
+  model = ModelConfig(
+    'run_test',
+    vocab_size=512,
+    num_layers=2,
+    embed_dim=16,
+    mlp_dim=16,
+    num_heads=2,
+    head_dim=8,
+    num_sparse_layers=1,
+    moe=moe,
+    dtype='float32',
+  )
+  data = {'mixture_or_task_name': 'run_test_full_lm', 'task_feature_lengths': LENGTHS}
+  run = {'total_steps': 12, 'eval_period': 6, 'eval_steps': 2, 'checkpoint_period': 4}
+  run |= {'log_period': 1, 'router_period': 2, 'keep_checkpoints': 2}
+  rate = changes.pop('learning_rate', 0.1)
+  return {
+    'run': TrainConfig(str(model_dir), **(run | changes)),
+    'model': model,
+    'optimizer': OptimizerConfig(schedule='constant', learning_rate=rate),
+    'data': DataConfig(**data, batch_size=8),
+    'eval_data': DataConfig(
+      **data, batch_size=8, split='validation', shuffle=False, num_shards=1, num_epochs=1
+    ),
+    'mesh': MeshConfig(num_expert_partitions=4),
+    'sources': [source],
+  }
+
+
+def curve(model_dir) -> list[tuple[int, float, float]]:
+  return [(r['step'], r['loss'], r['grad_norm']) for r in read_records(model_dir, 'train')]
+
+
+@pytest.fixture(scope='module')
+def undisturbed(source, tmp_path_factory):
+  """A complete run: (directory, Result)."""
+  folder = tmp_path_factory.mktemp('undisturbed')
+  return folder, train_lib.train(**arguments(folder, source))
+
+
+def test_a_run_leaves_everything_behind(undisturbed):
+  folder, result = undisturbed
+  assert (result.step, result.complete, result.resumed_from) == (12, True, None)
+  assert 0 < result.validation_loss < 7
+  assert result.unigram_entropy > 0
+  names = {path.name for path in folder.iterdir()}
+  assert names >= {'checkpoint_8', 'checkpoint_12', 'metrics.jsonl', 'loss.png', 'experts.png'}
+  assert 'checkpoint_4' not in names  # keep_checkpoints=2
+  assert [step for step, *_ in curve(folder)] == list(range(1, 13))
+  load = read_router(folder)['expert_load']
+  assert load.shape == (6, 1, 4)
+  np.testing.assert_allclose(load.sum(-1), 1.0, rtol=1e-5)
+  validated = [r['step'] for r in read_records(folder, 'validation')]
+  assert validated == [6, 12]
+
+
+class Killed(BaseException):
+  """Stands for SIGKILL: nothing of the run may react to it."""
+
+
+def test_a_killed_run_continues_exactly(undisturbed, source, tmp_path, monkeypatch):
+  """Killed between checkpoints; the repeated steps and all later ones give the same numbers."""
+  take, taken = Feed.__next__, []
+
+  def dies(self):
+    taken.append(1)
+    if len(taken) == 7:
+      raise Killed
+    return take(self)
+
+  monkeypatch.setattr(Feed, '__next__', dies)
+  with pytest.raises(Killed):
+    train_lib.train(**arguments(tmp_path, source))
+  monkeypatch.setattr(Feed, '__next__', take)
+  result = train_lib.train(**arguments(tmp_path, source))
+  assert result.resumed_from == 4
+  assert curve(tmp_path) == curve(undisturbed[0])
+  for a, b in zip(
+    jax.tree.leaves(result.params), jax.tree.leaves(undisturbed[1].params), strict=True
+  ):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_sigterm_saves_and_the_same_command_continues(undisturbed, source, tmp_path, monkeypatch):
+  take, taken = Feed.__next__, []
+
+  def interrupted(self):
+    taken.append(1)
+    if len(taken) == 6:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return take(self)
+
+  monkeypatch.setattr(Feed, '__next__', interrupted)
+  stopped = train_lib.train(**arguments(tmp_path, source))
+  assert (stopped.step, stopped.complete) == (6, False)
+  monkeypatch.setattr(Feed, '__next__', take)
+  result = train_lib.train(**arguments(tmp_path, source))
+  assert (result.step, result.resumed_from) == (12, 6)
+  assert curve(tmp_path) == curve(undisturbed[0])
+
+
+def test_a_complete_run_says_so(undisturbed, source):
+  folder, _ = undisturbed
+  before = curve(folder)
+  result = train_lib.train(**arguments(folder, source))
+  assert (result.step, result.complete, result.resumed_from) == (12, True, 12)
+  assert curve(folder) == before
+
+
+def test_divergence_names_step_batch_and_checkpoint(source, tmp_path):
+  with pytest.raises(train_lib.NonFiniteLoss) as error:
+    train_lib.train(**arguments(tmp_path, source, learning_rate=1e38))
+  text = str(error.value)
+  assert 'Step ' in text
+  assert 'the last good checkpoint: none' in text
+  (batch,) = tmp_path.glob('nonfinite_step_*.npz')
+  assert str(batch) in text
+  assert np.load(batch)['targets'].shape == (8, 32)
+  assert not list(tmp_path.glob('checkpoint_*'))
+
+
+def test_a_checkpoint_of_another_model_is_refused(undisturbed, source):
+  folder, _ = undisturbed
+  wrong = arguments(folder, source)
+  wrong['model'] = ModelConfig(
+    'run_test', 512, 2, 24, 16, 2, 8, num_sparse_layers=1, moe=MoEConfig(4, group_size=32)
+  )
+  with pytest.raises(ConfigError, match='embed_dim is 16 there and 24 here'):
+    train_lib.train(**wrong)
+
+
+# --- real processes
+
+
+def command(model_dir, data_dir, *more: str) -> list[str]:
+  files = ('models/openmoe_tiny', 'runs/pretrain', 'experiments/demo')
+  small = ('TRAIN_STEPS=24', 'LOG_PERIOD=1', 'CHECKPOINT_PERIOD=4', 'EVAL_PERIOD=8')
+  model = ('config.ModelConfig.num_layers=2', 'config.ModelConfig.num_sparse_layers=1')
+  return [
+    sys.executable,
+    '-m',
+    'scripts.train',
+    *(f'--gin_file=gin/{name}.gin' for name in files),
+    *(f'--gin.{binding}' for binding in (*small, *model)),
+    f"--gin.MODEL_DIR='{model_dir}'",
+    *more,
+  ]
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments(tmp_path):
+  """A run killed again and again, also during saves, ends with the curve of one that was not."""
+  data = tmp_path / 'data'
+  environment = os.environ | {'OPENMOE_DATA_DIR': str(data)}
+  call = lambda args: subprocess.run(args, cwd=ROOT, env=environment, check=True)
+  call([sys.executable, '-m', 'scripts.prepare_demo'])
+  call(command(tmp_path / 'a', data))
+  rng, kills = np.random.default_rng(), 0
+  while kills < 6:
+    process = subprocess.Popen(command(tmp_path / 'b', data), cwd=ROOT, env=environment)
+    records = tmp_path / 'b' / 'metrics.jsonl'
+    seen = records.stat().st_size if records.exists() else 0
+    while process.poll() is None and (not records.exists() or records.stat().st_size <= seen):
+      time.sleep(0.05)  # start-up and compilation are the same every time: kill after a step
+    try:
+      process.wait(timeout=rng.uniform(0.0, 6.0))
+      break
+    except subprocess.TimeoutExpired:
+      process.send_signal(signal.SIGKILL)
+      process.wait()
+      kills += 1
+  call(command(tmp_path / 'b', data))
+  assert curve(tmp_path / 'b') == curve(tmp_path / 'a')
+  assert len(curve(tmp_path / 'a')) == 24
+  assert not [p for p in (tmp_path / 'b').iterdir() if 'tmp' in p.name or 'partial' in p.name]
