@@ -349,6 +349,8 @@ class TrainConfig:
     checkpoint_period, keep_checkpoints: save every so many steps, keep the newest so many.
     log_period: steps between metric records.
     router_period: steps between per-layer, per-expert load records.
+    allow_data_change: continue a checkpoint of another mixture or other lengths, with the new data
+      from its beginning: how a second stage or fine-tuning follows pretraining in one directory.
     sample_prompts, sample_tokens: texts to continue greedily when the run is complete, and by how
       many tokens.
   """
@@ -363,6 +365,7 @@ class TrainConfig:
   keep_checkpoints: int = 5
   log_period: int = 10
   router_period: int = 10
+  allow_data_change: bool = False
   sample_prompts: tuple[str, ...] = ()
   sample_tokens: int = 48
 

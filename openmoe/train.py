@@ -169,8 +169,9 @@ def train(
         abstract,
         shardings,
       )
-      state, positions, _ = checkpointer.restore(start, placed)
-      feed.restore(positions)
+      state, positions, metadata = checkpointer.restore(start, placed)
+      if not _data_changed(run, data, metadata, start):
+        feed.restore(positions)
 
     evaluate = _evaluator(run, model, module, eval_data, device_mesh)
     step_fn = jax.jit(
@@ -270,10 +271,28 @@ def _loop(
   return state, True
 
 
+def _data_changed(run: TrainConfig, data: DataConfig, metadata: dict, step: int) -> bool:
+  """Whether the checkpoint was made on other data, from which this run may go on.
+
+  Raises:
+    ConfigError: other data, and run.allow_data_change is off.
+  """
+  now = _metadata(run, data, step)
+  names = [n for n in ('mixture', 'task_feature_lengths') if metadata.get(n) != now[n]]
+  if names and not run.allow_data_change:
+    changes = '; '.join(f'{n} is {metadata.get(n)} there and {now[n]} here' for n in names)
+    raise ConfigError(
+      f'checkpoint_{step} was trained on other data: {changes}. To go on with the new data from '
+      f'its beginning set ALLOW_DATA_CHANGE = True; or use another MODEL_DIR.'
+    )
+  return bool(names)
+
+
 def _metadata(run: TrainConfig, data: DataConfig, step: int) -> dict:
   return {
     'tokens_seen': step * data.batch_size * data.row_length,
     'mixture': data.mixture_or_task_name,
+    'task_feature_lengths': dict(data.task_feature_lengths),
     'data_seed': data.seed,
     'seed': run.seed,
     'saved_at': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),

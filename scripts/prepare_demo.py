@@ -5,6 +5,10 @@ Source: the running interpreter's standard library. About 10 s; a no-op when the
 
 from __future__ import annotations
 
+from scripts import quiet
+
+quiet.import_tensorflow()
+
 from absl import app, flags
 
 from tasks import demo_corpus, locations

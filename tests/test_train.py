@@ -1,5 +1,6 @@
 """The run around the step: resume after any stop, refusals, divergence, and what is left behind."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -178,6 +179,23 @@ def test_a_checkpoint_of_another_model_is_refused(undisturbed, source):
   )
   with pytest.raises(ConfigError, match='embed_dim is 16 there and 24 here'):
     train_lib.train(**wrong)
+
+
+def test_other_data_needs_consent(source, tmp_path):
+  """A second stage in one directory: refused, then allowed, then resumed like any run."""
+  first = arguments(tmp_path, source, total_steps=2, eval_period=0)
+  train_lib.train(**first)
+  changes = {'total_steps': 4, 'eval_period': 0}
+  second = arguments(tmp_path, source, **changes)
+  second['data'] = dataclasses.replace(
+    second['data'], mixture_or_task_name='run_test_full_lm_reference'
+  )
+  with pytest.raises(ConfigError, match='mixture is run_test_full_lm there'):
+    train_lib.train(**second)
+  second['run'] = dataclasses.replace(second['run'], allow_data_change=True)
+  assert train_lib.train(**second).resumed_from == 2
+  second['run'] = dataclasses.replace(second['run'], total_steps=5, allow_data_change=False)
+  assert train_lib.train(**second).resumed_from == 4
 
 
 # --- real processes
