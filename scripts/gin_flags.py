@@ -14,9 +14,9 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+import gin
 from absl import flags
 
-import gin
 from openmoe import config as config_lib
 from openmoe.config import ConfigError
 

@@ -13,16 +13,16 @@ The same command continues a run that was stopped, or says that it is complete. 
 
 from __future__ import annotations
 
-import os
 import sys
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+from scripts import quiet
 
+quiet.import_tensorflow()
+
+import gin
 import jax
 from absl import app, flags, logging
 
-import gin
 from openmoe import train as train_lib
 from openmoe.checkpoint import CheckpointError
 from openmoe.config import ConfigError

@@ -2,11 +2,11 @@
 
 import pathlib
 
+import gin
 import jax
 import jax.numpy as jnp
 import pytest
 
-import gin
 from openmoe.config import (
   ConfigError,
   DataConfig,

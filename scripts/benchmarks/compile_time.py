@@ -16,9 +16,9 @@ import time
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
+import gin
 import jax
 
-import gin
 from openmoe.config import ModelConfig, OptimizerConfig
 from openmoe.optimizer import learning_rate, make_optimizer
 from openmoe.plan import abstract_state

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pathlib
 import re
 
+import gin
 import pytest
 
-import gin
 from openmoe.config import DataConfig, OptimizerConfig, TrainConfig
 from openmoe.data.shard import find_provider
 from tasks import pretraining, sft  # noqa: F401 (registers)
