@@ -29,6 +29,7 @@ class CapacityConvention(enum.Enum):
 
   RELEASED = 'released'  # round(factor * T / E): the factor does not include top_k
   WITH_TOP_K = 'with_top_k'  # round(factor * top_k * T / E)
+  COLOSSALAI = 'colossalai'  # floor of the same, made even: the published PyTorch port
 
 
 class RouterOrder(enum.Enum):
