@@ -12,6 +12,11 @@ from torch.nn import functional
 from .configuration_openmoe import OpenMoeConfig
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+  """Widens bfloat16 and float16; leaves float64 alone."""
+  return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def double_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
   """a * silu(b) * up, with a and b the halves of `gate`; not a plain SwiGLU."""
   a, b = gate.chunk(2, dim=-1)
@@ -32,14 +37,14 @@ class OpenMoeExperts(nn.Module):
     """[n, d] -> [n, d]: sum over the k choices that are served of weight * expert(x).
 
     Args:
-      index, weights, served: [n, k]; weights in float32.
+      index, weights, served: [n, k]; weights in float32 or wider.
     """
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    out = torch.zeros_like(x, dtype=weights.dtype)
     for expert in range(len(self.wo)):
       token, choice = torch.where((index == expert) & served)
       rows = x[token]
       hidden = double_gate(rows @ self.wi_gate[expert], rows @ self.wi_up[expert])
-      scaled = (hidden @ self.wo[expert]).float() * weights[token, choice, None]
+      scaled = at_least_float32(hidden @ self.wo[expert]) * weights[token, choice, None]
       out = out.index_add(0, token, scaled)
     return out.to(x.dtype)
 
@@ -59,7 +64,7 @@ class OpenMoeSparseMLP(nn.Module):
     flat = x.reshape(-1, x.shape[-1])
     # Routing is float32 also under autocast: rounded logits would flip near ties.
     with torch.autocast(x.device.type, enabled=False):
-      logits = functional.linear(flat.float(), self.gate_weight.float())
+      logits = functional.linear(at_least_float32(flat), at_least_float32(self.gate_weight))
     probs = logits.softmax(dim=-1)
     # A stable sort takes the lower index of equal experts, as the original does; topk may not.
     top, order = torch.sort(probs, dim=-1, descending=True, stable=True)

@@ -23,7 +23,13 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_openmoe import OpenMoeConfig
-from .experts_openmoe import OpenMoeExperts, OpenMoeSparseMLP, double_gate, router_losses
+from .experts_openmoe import (
+  OpenMoeExperts,
+  OpenMoeSparseMLP,
+  at_least_float32,
+  double_gate,
+  router_losses,
+)
 
 
 @dataclasses.dataclass
@@ -70,15 +76,16 @@ class OpenMoeRMSNorm(nn.Module):
     self.eps = eps
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
-    wide = x.float()
+    wide = at_least_float32(x)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
     return self.weight * wide.to(x.dtype)
 
 
 def rotary_tables(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype):
   """cos and sin [batch, 1, length, head_dim] of half-split rotary embedding; angles in float32."""
-  exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-  angle = positions[:, None, :, None].float() * theta**-exponent
+  wide = torch.promote_types(dtype, torch.float32)
+  exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=wide) / head_dim
+  angle = positions[:, None, :, None].to(wide) * theta**-exponent
   angle = torch.cat((angle, angle), dim=-1)
   return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -89,11 +96,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-  """softmax(q k) v over [batch, heads, length, head_dim]; softmax in float32."""
+  """softmax(q k) v over [batch, heads, length, head_dim]; softmax in float32 at least."""
   scores = query @ key.transpose(2, 3) * scaling
   if attention_mask is not None:
     scores = scores + attention_mask
-  probs = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+  probs = at_least_float32(scores).softmax(dim=-1).to(query.dtype)
   out = functional.dropout(probs, p=dropout, training=module.training) @ value
   return out.transpose(1, 2).contiguous(), probs
 
@@ -343,7 +350,7 @@ class OpenMoeForCausalLM(OpenMoePreTrainedModel, GenerationMixin):
       output_attentions=output_attentions,
     )
     keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-    logits = self.lm_head(out.last_hidden_state[:, keep]).float()
+    logits = at_least_float32(self.lm_head(out.last_hidden_state[:, keep]))
     losses = {}
     if labels is not None:
       losses = self._losses(logits, labels, out, num_items_in_batch)

@@ -5,7 +5,10 @@
 FILE.npz holds config/<name>, state_dict/<name>, input_ids, logits_eval and logits_train (keys as
 tests/golden/torch_openmoe_a.npz). Printed, as largest absolute differences: `jax_eval`,
 `jax_train` (our JAX model with the port's capacity), `torch_eval`, `torch_train` (our PyTorch
-model), and `dropless_jax_vs_torch`, our two models against each other without capacity.
+model), and `dropless_jax_vs_torch`, our two models against each other without capacity, both in
+float64. In float32 each of the two is 2e-5 to 4e-5 away from the exact result by rounding alone:
+attention without 1/sqrt(head_dim) magnifies it (docs/LOG.md). That figure is printed beside as
+`dropless_float32`, without a limit.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import dataclasses
 
 import flax.traverse_util
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -133,10 +137,14 @@ def compare(file: Mapping[str, np.ndarray]) -> dict[str, float]:
     result[f'jax_{mode}'] = largest(jax_logits(params, config, tokens, train), recorded)
     result[f'torch_{mode}'] = largest(torch_logits(model, tokens, train), recorded)
   moe = dataclasses.replace(config.moe, dispatch=Dispatch.DROPLESS)
-  dropless = jax_logits(params, dataclasses.replace(config, moe=moe), tokens, False)
-  result['dropless_jax_vs_torch'] = largest(
-    dropless, torch_logits(torch_model(file, 'dropless'), tokens, False)
-  )
+  config, model = dataclasses.replace(config, moe=moe), torch_model(file, 'dropless')
+  narrow = jax_logits(params, config, tokens, False)
+  result['dropless_float32'] = largest(narrow, torch_logits(model, tokens, False))
+  with jax.enable_x64(True):
+    config = dataclasses.replace(config, dtype='float64')
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    wide = jax_logits(params, config, tokens, False)
+  result['dropless_jax_vs_torch'] = largest(wide, torch_logits(model.double(), tokens, False))
   return result
 
 
@@ -151,8 +159,9 @@ def main(argv: list[str] | None = None) -> int:
     print(json.dumps(result))
   else:
     for name, value in result.items():
-      limit = LIMITS[name]
-      print(f'{name:22} {value:.3e}  limit {limit:.0e}  {"ok" if value <= limit else "NO"}')
+      limit = LIMITS.get(name)
+      verdict = '' if limit is None else f'  limit {limit:.0e}  {"ok" if value <= limit else "NO"}'
+      print(f'{name:22} {value:.3e}{verdict}')
   return int(any(not result[name] <= limit for name, limit in LIMITS.items()))
 
 
