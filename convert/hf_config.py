@@ -45,6 +45,7 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
   if missing:
     raise ConvertError(f'config.json lacks {missing}.')
   found = {ours: config[theirs] for theirs, ours in _FIELDS.items()}
+  found['name'] = config.get('openmoe_name')
   experts, interval = config.get('num_experts') or 0, config.get('moe_layer_interval') or 0
   found['num_experts'] = experts
   found['num_sparse_layers'] = found['num_layers'] // interval if experts and interval else 0
@@ -70,6 +71,7 @@ def to_hf(config: ModelConfig, dtype: str, step: int | None) -> dict[str, Any]:
       'AutoModelForCausalLM': 'modeling_openmoe.OpenMoeForCausalLM',
     },
     'model_type': MODEL_TYPE,
+    'openmoe_name': config.name,
     'dtype': dtype,
     'pad_token_id': PAD,
     'bos_token_id': BOS,

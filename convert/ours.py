@@ -23,7 +23,7 @@ from openmoe import manifest
 from openmoe.config import ModelConfig
 
 MOMENTS = ('v', 'v_row', 'v_col')
-ZSTD = {'id': 'zstd', 'level': 1}
+CODEC = None  # float weights hardly compress, and an uncompressed chunk is read five times faster
 _STANDARD = 'orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler'
 _HANDLERS = {
   'data': 'openmoe.data_positions.DataPositionsHandler',
@@ -150,7 +150,7 @@ class OursSink(Sink):
       body = (*body, 2, last // 2) if row.gated else source.shape
       shape = (*lead[row.ours], *body)
       name = row.ours.replace('/', '.')
-      self._params.create(name, shape, dtype, len(row.index), source.step(), ZSTD)
+      self._params.create(name, shape, dtype, len(row.index), source.step(), CODEC)
       self._trees['params'][row.ours] = shape
     step = np.asarray(self._step, np.int32)
     self._scalar('step', step)
@@ -158,7 +158,7 @@ class OursSink(Sink):
 
   def _scalar(self, path: str, value: np.ndarray) -> None:
     name = path.replace('/', '.')
-    self._state.create(name, (), value.dtype, 0, 1, ZSTD)
+    self._state.create(name, (), value.dtype, 0, 1, CODEC)
     self._state.writable(name).write(0, value)
     self._trees['state'][path] = ()
 
@@ -180,7 +180,7 @@ class OursSink(Sink):
           )
         if path not in self._trees['state'] and used is not None:
           name = path.replace('/', '.')
-          self._state.create(name, shape, used.dtype, len(row.index), used.rows, ZSTD)
+          self._state.create(name, shape, used.dtype, len(row.index), used.rows, CODEC)
         self._trees['state'][path] = shape
     self._scalar('opt_state/count', np.asarray(self._step, np.int32))
 

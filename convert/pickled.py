@@ -80,23 +80,29 @@ class _Unpickler(pickle.Unpickler):
     return _Storage(str(key), dtype, int(elements))
 
 
-def read_at(path: epath.Path, offset: int, size: int) -> bytes:
-  """Bytes of a file.
+def read_at(path: epath.Path, offset: int, size: int) -> np.ndarray:
+  """Bytes of a file, uint8.
 
   Raises:
     ConvertError: the file ends before.
   """
-  with path.open('rb') as file:
+  content = np.empty(size, np.uint8)
+  # A local file is read without a buffer between; remote ones go through epath's own.
+  opened = path.open('rb') if '://' in os.fspath(path) else open(path, 'rb', buffering=0)  # noqa: SIM115
+  with opened as file:
     file.seek(offset)
-    content = file.read(size)
-  if len(content) != size:
-    raise ConvertError(f'{path} is truncated: {size} bytes at {offset} are not all there.')
+    done = 0
+    while done < size:
+      got = file.readinto(memoryview(content)[done:])
+      if not got:
+        raise ConvertError(f'{path} is truncated: {size} bytes at {offset} are not all there.')
+      done += got
   return content
 
 
 def _data_offset(path: epath.Path, info: zipfile.ZipInfo) -> int:
   """Where an entry's bytes begin: its local header has name and padding of its own length."""
-  header = read_at(path, info.header_offset, 30)
+  header = read_at(path, info.header_offset, 30).tobytes()
   name, extra = struct.unpack('<HH', header[26:30])
   return info.header_offset + 30 + name + extra
 
@@ -115,11 +121,11 @@ def _stored(path: epath.Path, name: str, tensor: _Tensor, start: int, size: int)
     if tensor.strides == plain:
       at = start + (tensor.offset + first * row) * item
       content = read_at(path, at, (stop - first) * row * item)
-      return np.frombuffer(content, dtype).reshape((stop - first, *shape[1:]) if shape else ())
+      return content.view(dtype).reshape((stop - first, *shape[1:]) if shape else ())
     # torch keeps transposed views as they are; such a tensor is gathered from its whole storage.
     content = read_at(path, start + tensor.offset * item, (last - tensor.offset + 1) * item)
     strides = [s * item for s in tensor.strides]
-    view = np.lib.stride_tricks.as_strided(np.frombuffer(content, dtype), shape, strides)
+    view = np.lib.stride_tricks.as_strided(content.view(dtype), shape, strides)
     return np.ascontiguousarray(view[first:stop])
 
   return Stored(name, shape, dtype, read, 1 if tensor.strides == plain else max(1, *shape[:1]))

@@ -28,7 +28,9 @@ _LARGEST_HEADER = 100_000_000  # as the format's own implementation has it
 
 def _header(path: epath.Path) -> tuple[dict, int]:
   """(header, where the tensors' bytes begin)."""
-  length = int.from_bytes(read_at(path, 0, 8), 'little')
+  if path.stat().length < 8:
+    raise ConvertError(f'{path} is truncated: it has no header.')
+  length = int.from_bytes(read_at(path, 0, 8).tobytes(), 'little')
   if length > _LARGEST_HEADER:
     raise ConvertError(f'{path} is not a safetensors file: its header would take {length} bytes.')
 
@@ -42,7 +44,7 @@ def _header(path: epath.Path) -> tuple[dict, int]:
     return dict(pairs)
 
   try:
-    header = json.loads(read_at(path, 8, length), object_pairs_hook=once)
+    header = json.loads(read_at(path, 8, length).tobytes(), object_pairs_hook=once)
   except ValueError as error:
     raise ConvertError(f'{path} has an unreadable header: {error}') from error
   return header, 8 + length
@@ -63,7 +65,7 @@ def _stored(path: epath.Path, name: str, entry: Mapping, base: int, size: int) -
 
   def read(start: int, stop: int) -> np.ndarray:
     content = read_at(path, base + begin + start * row, (stop - start) * row)
-    return np.frombuffer(content, dtype).reshape((stop - start, *shape[1:]) if shape else ())
+    return content.view(dtype).reshape((stop - start, *shape[1:]) if shape else ())
 
   return Stored(name, shape, dtype, read)
 

@@ -32,10 +32,11 @@ from convert.tensors import (
   digest,
   is_finite,
   same_bytes,
+  transpose,
 )
 
 THREADS = min(4, os.cpu_count() or 1)
-MEMORY = 160 << 20  # bytes in flight over all threads, unless one tensor needs more
+MEMORY = 96 << 20  # bytes in flight over all threads, unless one tensor needs more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +104,12 @@ def _outgoing(job: Job, before: Any) -> Iterator[tuple[int, np.ndarray]]:
   if not job.transpose or len(job.source.shape) > 2:
     for start, x in job.source.pieces():
       x = checked(x)
-      yield start, cast(x.swapaxes(-1, -2) if job.transpose else x, dtype, name)
+      yield start, cast(transpose(x) if job.transpose else x, dtype, name)
     return
   x = checked(job.source.whole())
   step = job.target.stored.step()
   for start in range(0, job.target.stored.rows, step):
-    yield start, cast(np.ascontiguousarray(x[:, start : start + step].T), dtype, name)
+    yield start, cast(transpose(x[:, start : start + step]), dtype, name)
 
 
 def move(job: Job) -> dict[str, Any]:

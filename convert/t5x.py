@@ -23,7 +23,8 @@ from openmoe.config import ModelConfig
 
 SLOTS = ('m', 'v', 'v_row', 'v_col')
 VERSION = 3
-CODECS = {'zstd': {'id': 'zstd', 'level': 1}, 'gzip': {'id': 'gzip', 'level': 1}}
+# Float weights hardly compress: a level below 0 keeps the format and leaves out the effort.
+CODECS = {'zstd': {'id': 'zstd', 'level': -1}, 'gzip': {'id': 'gzip', 'level': 1}}
 _NDARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # msgpack extension codes of flax.serialization
 _LARGEST_INLINE = 1 << 30
 

@@ -42,13 +42,18 @@ def is_ocdbt(path: os.PathLike | str) -> bool:
   return (epath.Path(path) / 'manifest.ocdbt').exists()
 
 
+def _context(cache_bytes: int) -> ts.Context:
+  # Files are synced once, when a conversion is complete, and not after every chunk.
+  return ts.Context({'cache_pool': {'total_bytes_limit': cache_bytes}, 'file_io_sync': False})
+
+
 class ZarrStore:
   """The zarr arrays of one directory, each under its own name."""
 
   def __init__(self, path: os.PathLike | str):
     self.path = epath.Path(path)
     self._ocdbt = is_ocdbt(path)
-    self._context = ts.Context({'cache_pool': {'total_bytes_limit': 0}})
+    self._context = _context(0)
 
   def _array(self, name: str) -> dict[str, Any]:
     if self._ocdbt:
@@ -88,7 +93,7 @@ class ZarrStore:
       if math.prod(array.chunk_layout.read_chunk.shape) * array.dtype.numpy_dtype.itemsize > PIECE:
         shape = array.chunk_layout.read_chunk.shape
         largest = max(largest, math.prod(shape) * array.dtype.numpy_dtype.itemsize)
-    self._context = ts.Context({'cache_pool': {'total_bytes_limit': largest}})
+    self._context = _context(largest)
 
   def stored(
     self,
@@ -153,7 +158,7 @@ class ZarrStore:
     }
     # Zeros are stored like anything else, so that a missing chunk always means a lost one.
     spec = self._array(name) | {'metadata': metadata, 'store_data_equal_to_fill_value': True}
-    ts.open(spec, create=True, open=True).result()
+    ts.open(spec, create=True, open=True, context=self._context).result()
 
   def writable(
     self, name: str, *, label: str = '', index: tuple[int, ...] = (), split: tuple[int, ...] = ()
@@ -179,7 +184,7 @@ class ZarrStore:
 def missing_chunks(array: ts.TensorStore) -> list[str]:
   """Names of the chunks of an array that its store does not have."""
   keys = {key.decode().rsplit('/', 1)[-1] for key in array.kvstore.list().result()}
-  chunk = array.chunk_layout.read_chunk.shape
+  chunk = array.chunk_layout.read_chunk.shape or ()
   grid = [range(-(-n // c)) for n, c in zip(array.shape, chunk, strict=True)]
   names = ['']
   for axis in grid:
