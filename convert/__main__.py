@@ -33,7 +33,8 @@ from convert.tensors import ConvertError
 from openmoe.config import ConfigError
 
 EXIT_FAILED, EXIT_USAGE = 1, 64
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+# Of glibc's malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX.
+_MALLOC_OPTIONS = ((-3, 32 << 20), (-1, 64 << 20), (-8, 2))
 _UNITS = {'KB': 10**3, 'MB': 10**6, 'GB': 10**9}
 
 
@@ -243,16 +244,21 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _return_freed_memory() -> None:
-  """Makes glibc give freed pieces back at once; it would keep hundreds of megabytes otherwise."""
+def _bound_the_heap() -> None:
+  """Keeps glibc from holding on to large freed blocks, without returning every small piece.
+
+  Left alone it raises its threshold for mapped blocks as they are freed, and keeps hundreds of
+  megabytes; if pieces were mapped as well, page faults would take most of the time.
+  """
   libc = ctypes.CDLL(None)
   if hasattr(libc, 'mallopt'):
-    libc.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+    for option, value in _MALLOC_OPTIONS:
+      libc.mallopt(option, value)
 
 
 def main(argv: list[str] | None = None) -> int:
   args = _parser().parse_args(argv)
-  _return_freed_memory()
+  _bound_the_heap()
   try:
     return args.run(args)
   except (ConvertError, NamesError, ConfigError) as error:

@@ -10,6 +10,7 @@ from convert.convert import Options, convert, find_form
 from convert.names import name_table
 from openmoe.config import ModelConfig, MoEConfig
 from tests.convert import case
+from tests.parity import t5x as parity
 
 CONFIG = ModelConfig(
   name='golden',
@@ -78,3 +79,8 @@ def test_experts_in_a_chunk_each_are_read_one_by_one(golden):
   assert stored.unit == 2  # two experts to a chunk, as t5x sharded them
   whole = stored.whole()
   np.testing.assert_array_equal(stored.read(3, 4)[0], whole[3])
+
+
+def test_parity_with_the_state_that_t5x_had_in_memory(golden):
+  result = parity.compare(golden, parity.load(case.GOLDEN / 't5x_state_a.npz'))
+  assert all(result[name] <= limit for name, limit in parity.LIMITS.items()), result
