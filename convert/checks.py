@@ -21,30 +21,39 @@ _MODULES = ('attention', 'router', 'experts', 'extra_mlp', 'mlp', 'norm')
 
 def _pairs(a: Form, b: Form, row: Row) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
   """(first row, rows of a, rows of b) in the common layout, cut alike."""
-  pieces_b = b.pieces(row)
-  start_b, held = next(pieces_b)
+  others = b.pieces(row)
+  first, held = next(others)
   for start, x in a.pieces(row):
-    while start < start + len(x):
-      while start_b + len(held) <= start:
-        start_b, held = next(pieces_b)
-      stop = min(start + len(x), start_b + len(held))
-      yield start, x[: stop - start], held[start - start_b : stop - start_b]
-      x, start = x[stop - start :], stop
-      if not len(x):
-        break
+    while len(x):
+      if start >= first + len(held):
+        first, held = next(others)
+        continue
+      count = min(len(x), first + len(held) - start)
+      yield start, x[:count], held[start - first : start - first + count]
+      start, x = start + count, x[count:]
 
 
 def _hint(a: Form, b: Form, row: Row) -> str:
   """What happened to a tensor that differs, where it is one of the usual mistakes."""
-  x, y = a.load(row).astype(np.float32), b.load(row).astype(np.float32)
   if row.experts:
-    here, there = ([hashlib.sha256(as_bytes(w)).digest() for w in z] for z in (x, y))
+    here, there = _expert_digests(a, row), _expert_digests(b, row)
     moved = [(i, there.index(h)) for i, h in enumerate(here) if h in there and there[i] != h]
     if moved:
       return f': experts moved, {", ".join(f"{i} is at {j}" for i, j in moved)}'
-  if x.ndim == 2 and x.shape[0] == x.shape[1] and np.array_equal(x, y.T):
+    return ''
+  shape = a.parameter(row).shape
+  square = len(shape) == 2 and shape[0] == shape[1]
+  if square and np.array_equal(a.load(row).astype(np.float32), b.load(row).T.astype(np.float32)):
     return ': it is transposed'
   return ''
+
+
+def _expert_digests(form: Form, row: Row) -> list[bytes]:
+  """Of every expert's values as float32, so that forms of different dtype compare."""
+  digests = []
+  for _, x in form.pieces(row):
+    digests += [hashlib.sha256(as_bytes(w.astype(np.float32))).digest() for w in x]
+  return digests
 
 
 def verify(a: Form, b: Form, config: ModelConfig, logits: bool = True) -> tuple[list[str], dict]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.traverse_util
 import numpy as np
 from etils import epath
 
@@ -19,12 +21,13 @@ from convert import sizes
 from convert.forms import RECEIPT, Form, Sink
 from convert.forward import agreement, forward, seeded_tokens
 from convert.hf import MAX_SHARD, HfForm, HfSink, is_hf
-from convert.names import NamesError, Row, name_table
+from convert.names import NamesError, Row, expected_shapes, name_table
 from convert.ours import OursForm, OursSink, is_ours
 from convert.stream import Job, Workplace
 from convert.t5x import T5xForm, T5xSink, is_t5x
 from convert.tensors import DTYPES, ConvertError, Stored, digest
 from openmoe.config import ModelConfig
+from openmoe.train_state import abstract_params
 
 FORMS: dict[str, Callable[[epath.Path], Form]] = {'t5x': T5xForm, 'hf': HfForm, 'ours': OursForm}
 _TESTS = {'t5x': is_t5x, 'hf': is_hf, 'ours': is_ours}
@@ -145,26 +148,12 @@ def check_shapes(
   return problems
 
 
+@functools.cache
 def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Shape of every row in the common layout, from the sizes alone."""
-  d, f, v = config.embed_dim, config.mlp_dim, config.vocab_size
-  heads = config.num_heads * config.head_dim
-  e = config.moe.num_experts if config.moe else 0
-  ends = {
-    'embedding': (v, d),
-    'logits_dense/kernel': (d, v),
-    'scale': (d,),
-    'attention/out/kernel': (heads, d),
-    'router/kernel': (d, e),
-    'wi_0/kernel': (d, 2 * f),
-    'wi_1/kernel': (d, f),
-    'wo/kernel': (f, d),
-  }
-  shapes = {}
-  for row in name_table(config):
-    body = next((s for end, s in ends.items() if row.ours.endswith(end)), (d, heads))
-    shapes[row.hf] = (e, *body) if row.experts else body
-  return shapes
+  """Shape of every row in the common layout, by PyTorch name; from the model itself."""
+  shapes = flax.traverse_util.flatten_dict(abstract_params(config)[0], sep='/')
+  ours = {path: leaf.shape for path, leaf in shapes.items()}
+  return expected_shapes(name_table(config), ours)
 
 
 def check_source(form: Form, config: ModelConfig) -> None:
