@@ -213,7 +213,7 @@ def _compare_logits(
   """
   tokens = seeded_tokens(config.vocab_size)
   result = agreement(forward(form, config, tokens), forward(made, config, tokens))
-  # Nothing changed, so nothing may differ but the order of sums over a transposed layout.
+  # Nothing changed, so nothing may differ but the order of sums in the output layer.
   limit = (1e-5 if lossless else _LOGIT_SHARE) * max(result['largest_logit'], 1.0)
   if not result['max_logit_difference'] <= limit:
     raise ConvertError(

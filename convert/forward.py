@@ -71,10 +71,12 @@ class _Layers:
     return (layer, place) in self._rows
 
   def __call__(self, layer: int | None, place: str) -> np.ndarray:
-    return self._form.load(self._rows[layer, place]).astype(np.float32)
+    # One memory layout whatever the form, so that equal weights give equal sums.
+    return self._form.load(self._rows[layer, place]).astype(np.float32, order='C')
 
   def expert(self, layer: int, place: str, expert: int) -> np.ndarray:
-    return self._form.load_expert(self._rows[layer, place], expert).astype(np.float32)
+    x = self._form.load_expert(self._rows[layer, place], expert)
+    return x.astype(np.float32, order='C')
 
   def embedding(self, tokens: np.ndarray) -> np.ndarray:
     """Only the rows in use are kept."""
@@ -86,15 +88,19 @@ class _Layers:
     return out
 
   def logits(self, x: np.ndarray) -> np.ndarray:
-    """x @ kernel, over the pieces of a kernel that may be the largest tensor of all."""
+    """x @ kernel, over the pieces of a kernel that may be the largest tensor of all.
+
+    Pieces differ between forms; in float64 the order of sums does not show.
+    """
     row = self._rows[None, 'logits_dense/kernel']
-    stored = self._form.parameter(row)
+    stored, x = self._form.parameter(row), x.astype(np.float64)
     if self._form.transposed(row):
-      return np.concatenate([x @ w.astype(np.float32).T for _, w in stored.pieces()], axis=-1)
-    total = 0
+      blocks = [x @ w.astype(np.float64).T for _, w in stored.pieces()]
+      return np.concatenate(blocks, axis=-1).astype(np.float32)
+    total = np.zeros((*x.shape[:-1], stored.shape[-1]))
     for start, w in stored.pieces():
-      total = total + x[..., start : start + len(w)] @ w.astype(np.float32)
-    return total
+      total += x[..., start : start + len(w)] @ w.astype(np.float64)
+    return total.astype(np.float32)
 
 
 def _attention(x: np.ndarray, load: _Layers, layer: int, config: ModelConfig) -> np.ndarray:

@@ -113,23 +113,27 @@ class ZarrStore:
       missing_is_zero: for arrays whose writer omits chunks of zeros.
     """
     array = self.open(name, missing_is_zero=missing_is_zero)[index]
-    return self._stored(array, label or name, len(index), merge)
+    return self._stored(array, label or name, merge)
 
-  def _stored(self, array: ts.TensorStore, label: str, lead: int, merge: int) -> Stored:
+  def _stored(self, array: ts.TensorStore, label: str, merge: int) -> Stored:
     shape = tuple(array.shape)
     seen = (*shape[: len(shape) - merge], math.prod(shape[-merge:])) if merge else shape
     dtype = np.dtype(array.dtype.numpy_dtype)
+    # Rows are those of the first axis, unless that is itself one of the merged ones.
+    whole = not shape or (merge and len(seen) == 1)
 
     def read(start: int, stop: int) -> np.ndarray:
       try:
-        x = np.asarray((array[start:stop] if shape else array).read().result())
+        x = np.asarray((array if whole else array[start:stop]).read().result())
       except ValueError as error:
         raise ConvertError(f'{label} in {self.path} cannot be read: {error}') from error
-      return np.ascontiguousarray(x).reshape((stop - start, *seen[1:]) if shape else ())
+      x = np.ascontiguousarray(x)
+      if whole:
+        return x.reshape(seen)[start:stop] if shape else x.reshape(())
+      return x.reshape((stop - start, *seen[1:]))
 
-    del lead
     chunk = array.chunk_layout.read_chunk.shape if shape else None
-    unit = chunk[0] if chunk and chunk[0] else 1
+    unit = seen[0] if whole and shape else chunk[0] if chunk and chunk[0] else 1
     return Stored(label, seen, dtype, read, min(unit, seen[0] if seen else 1))
 
   def create(
@@ -170,11 +174,11 @@ class ZarrStore:
     """
     spec = self._array(name) | _NO_ZERO_FILL | {'store_data_equal_to_fill_value': True}
     array = ts.open(spec, open=True, context=self._context).result()[index]
-    stored = self._stored(array, label or name, len(index), merge=2 if split else 0)
+    stored = self._stored(array, label or name, merge=2 if split else 0)
 
     def write(start: int, x: np.ndarray) -> None:
-      if not array.shape:
-        array.write(x).result()
+      if not array.shape or len(x) == stored.rows:
+        array.write(x.reshape(array.shape)).result()
         return
       array[start : start + len(x)].write(x.reshape(len(x), *array.shape[1:])).result()
 
