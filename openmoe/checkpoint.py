@@ -35,6 +35,7 @@ from openmoe.data_positions import RestoreDataPositions, SaveDataPositions
 from openmoe.types import PyTree
 
 PREFIX = 'checkpoint'
+LARGEST_CHUNK = 256 << 20  # bytes of a parameter that are compressed together
 DAMAGED_PREFIX = 'damaged_checkpoint'  # what a damaged one is renamed to when its step comes again
 # A full disk reaches us as OSError from files, as ValueError from TensorStore; a process that does
 # not arrive as XlaRuntimeError in the others.
@@ -66,6 +67,25 @@ def identity_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -
     for name in sorted(old.keys() | new.keys())
     if name not in old or name not in new or old[name] != new[name]
   ]
+
+
+def _save_args(tree: PyTree) -> PyTree:
+  """Chunks of at most LARGEST_CHUNK, split along the leading axes first.
+
+  Those are the stacked layers and the experts, so that a converter reads one of them without
+  decoding all; by itself orbax makes one chunk of everything a device holds.
+  """
+
+  def one(leaf: jax.Array) -> ocp.SaveArgs:
+    lead, size = 0, leaf.nbytes
+    while size > LARGEST_CHUNK and lead < min(2, leaf.ndim - 2):
+      size //= leaf.shape[lead]
+      lead += 1
+    if not lead and size <= LARGEST_CHUNK:
+      return ocp.SaveArgs()
+    return ocp.SaveArgs(chunk_byte_size=LARGEST_CHUNK, shard_axes=tuple(range(lead)))
+
+  return jax.tree.map(one, tree)
 
 
 def _with_sharding(abstract: PyTree) -> PyTree:
@@ -222,7 +242,7 @@ class Checkpointer:
     if step in self._manager.all_steps():
       return
     items = ocp.args.Composite(
-      params=ocp.args.StandardSave(state.params),
+      params=ocp.args.StandardSave(state.params, save_args=_save_args(state.params)),
       state=ocp.args.StandardSave(state.replace(params=None)),
       data=SaveDataPositions(dict(data)),
       metadata=ocp.args.JsonSave(facts),

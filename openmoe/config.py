@@ -29,6 +29,7 @@ class CapacityConvention(enum.Enum):
 
   RELEASED = 'released'  # round(factor * T / E): the factor does not include top_k
   WITH_TOP_K = 'with_top_k'  # round(factor * top_k * T / E)
+  COLOSSALAI = 'colossalai'  # floor of the same, made even: the published PyTorch port
 
 
 class RouterOrder(enum.Enum):
@@ -157,7 +158,8 @@ class ModelConfig:
     num_sparse_layers: 0 for a dense model; else num_layers must be a multiple, and layer i is
       sparse iff i % p == p - 1 with p = num_layers / num_sparse_layers.
     moe: the sparse layers; required iff num_sparse_layers > 0.
-    dtype: of activations ('bfloat16' or 'float32'); parameters are float32.
+    dtype: of activations ('bfloat16' or 'float32'); parameters are float32. 'float64' is for
+      comparing implementations, under jax.enable_x64 and with float64 parameters.
     dropout_rate: of every dropout of the network.
     init_scale: SCALE of the variance-scaling initialisers (0.1 for the MoE models, 1.0 dense).
     rope_theta, norm_epsilon: as named.
@@ -190,7 +192,7 @@ class ModelConfig:
     _positive(self, 'init_scale', 'rope_theta', 'norm_epsilon', 'vocab_block')
     _require(self.head_dim % 2 == 0, f'head_dim={self.head_dim} must be even for rotary halves.')
     _require(
-      self.dtype in ('bfloat16', 'float32'),
+      self.dtype in ('bfloat16', 'float32', 'float64'),
       f"ModelConfig.dtype={self.dtype!r} must be 'bfloat16' or 'float32'.",
     )
     _require(0 <= self.dropout_rate < 1, f'dropout_rate={self.dropout_rate} must be in [0, 1).')

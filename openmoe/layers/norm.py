@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
       (x.shape[-1],),
       jnp.float32,
     )
-    x = x.astype(jnp.float32)  # bf16 squares lose the small components
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # bf16 squares lose small components
     mean_square = jnp.mean(jax.lax.square(x), axis=-1, keepdims=True)
     y = (x * jax.lax.rsqrt(mean_square + self.epsilon)).astype(self.dtype)
     return y * scale_d.astype(self.dtype)

@@ -11,8 +11,9 @@ def rotary_tables(
   positions_bt: Array, head_dim: int, theta: float, dtype: jnp.dtype
 ) -> tuple[Array, Array]:
   """sin and cos [b, t, 1, h]; angles in float32, because bf16 cannot tell positions above 256."""
-  inv_freq = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-  angles = positions_bt[..., None].astype(jnp.float32) * inv_freq
+  wide = jnp.promote_types(dtype, jnp.float32)
+  inv_freq = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
+  angles = positions_bt[..., None].astype(wide) * inv_freq
   angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
   return jnp.sin(angles).astype(dtype), jnp.cos(angles).astype(dtype)
 

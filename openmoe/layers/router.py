@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,16 +25,27 @@ def expert_capacity(
 
   As in the released OpenMoE the factor does not include top_k: at 1.25 with top-2 even a
   perfectly balanced group loses 37.5 % of its assignments. WITH_TOP_K counts it. Rounding is
-  Python's, half to even (flaxformer moe_layers.py). See docs/PARITY.md.
+  Python's, half to even (flaxformer moe_layers.py). COLOSSALAI is the published PyTorch port's
+  (colossalai routers.py `get_capacity`), which also makes one group of all tokens of a call: give
+  it a group_size no smaller. See docs/PARITY.md.
 
   >>> expert_capacity(4096, num_experts=32, capacity_factor=1.25)
   160
   >>> expert_capacity(
   ...   4096, num_experts=32, capacity_factor=1.25, convention=CapacityConvention.WITH_TOP_K)
   320
+  >>> expert_capacity(
+  ...   60, num_experts=4, capacity_factor=1.25, convention=CapacityConvention.COLOSSALAI)
+  38
   """
-  per_token = top_k if convention is CapacityConvention.WITH_TOP_K else 1
-  slots = round(capacity_factor * per_token * tokens_per_group / num_experts)
+  match convention:
+    case CapacityConvention.RELEASED:
+      slots = round(capacity_factor * tokens_per_group / num_experts)
+    case CapacityConvention.WITH_TOP_K:
+      slots = round(capacity_factor * top_k * tokens_per_group / num_experts)
+    case CapacityConvention.COLOSSALAI:
+      slots = math.floor(top_k * capacity_factor * tokens_per_group / num_experts)
+      slots += slots % 2
   return max(slots, min_capacity)
 
 

@@ -247,7 +247,7 @@ class OpenMoE(nn.Module):
     r_btd = partitioning.shard(dropout(r_btd).astype(dtype), ACT)
     groups, num_dense, sparse = group_shape(cfg)
     if sparse:
-      r_btd = r_btd.astype(jnp.float32)
+      r_btd = r_btd.astype(jnp.promote_types(dtype, jnp.float32))
     stack = _scanned(BlockGroup, groups, 'groups', (0, 0, nn.broadcast))(
       cfg, num_dense, sparse, train, name='decoder'
     )

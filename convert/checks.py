@@ -1,0 +1,231 @@
+"""verify, diff and fsck: what two checkpoints have in common, and whether one is sound."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from convert.convert import check_shapes, model_shapes
+from convert.forms import Form
+from convert.forward import agreement, forward, seeded_tokens
+from convert.names import Row, name_table
+from convert.tensors import ConvertError, Stored, as_bytes, cast, is_finite, same_bytes
+from openmoe.config import ModelConfig
+
+_MODULES = ('attention', 'router', 'experts', 'extra_mlp', 'mlp', 'norm')
+
+
+def _pairs(a: Form, b: Form, row: Row) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+  """(first row, rows of a, rows of b) in the common layout, cut alike."""
+  others = b.pieces(row)
+  first, held = next(others)
+  for start, x in a.pieces(row):
+    while len(x):
+      if start >= first + len(held):
+        first, held = next(others)
+        continue
+      count = min(len(x), first + len(held) - start)
+      yield start, x[:count], held[start - first : start - first + count]
+      start, x = start + count, x[count:]
+
+
+def _hint(a: Form, b: Form, row: Row) -> str:
+  """What happened to a tensor that differs, where it is one of the usual mistakes."""
+  if row.experts:
+    here, there = _expert_digests(a, row), _expert_digests(b, row)
+    moved = [(i, there.index(h)) for i, h in enumerate(here) if h in there and there[i] != h]
+    if moved:
+      return f': experts moved, {", ".join(f"{i} is at {j}" for i, j in moved)}'
+    return ''
+  shape = a.parameter(row).shape
+  square = len(shape) == 2 and shape[0] == shape[1]
+  if square and np.array_equal(a.load(row).astype(np.float32), b.load(row).T.astype(np.float32)):
+    return ': it is transposed'
+  return ''
+
+
+def _expert_digests(form: Form, row: Row) -> list[bytes]:
+  """Of every expert's values as float32, so that forms of different dtype compare."""
+  digests = []
+  for _, x in form.pieces(row):
+    digests += [hashlib.sha256(as_bytes(w.astype(np.float32))).digest() for w in x]
+  return digests
+
+
+def verify(a: Form, b: Form, config: ModelConfig, logits: bool = True) -> tuple[list[str], dict]:
+  """Every tensor of two checkpoints, then logits and routing on seeded tokens.
+
+  Tensors agree when they are equal bit by bit or, of different dtypes, when the wider one rounds
+  to the other.
+
+  Returns:
+    (problems, each naming its tensor; the comparison of logits and routing, empty when names or
+    shapes already keep the two from being the same model)
+  """
+  problems = []
+  shapes = model_shapes(config)
+  for form in (a, b):
+    problems += [f'{form.path}: {problem}' for problem in form.check_names(config)]
+  if problems:
+    return problems, {}
+  for form in (a, b):
+    problems += [f'{form.path}: {p}' for p in check_shapes(form, config, shapes)]
+  if problems:
+    return problems, {}
+  for row in name_table(config):
+    try:
+      worst = _largest_difference(a, b, row)
+    except ConvertError as error:
+      problems.append(str(error))
+      continue
+    if worst is not None:
+      there = b.parameter(row).name
+      problems.append(
+        f'{a.parameter(row).name} differs from {there} by up to {worst:.3g}{_hint(a, b, row)}'
+      )
+  comparison = {}
+  if logits and not any('cannot be read' in p or 'truncated' in p for p in problems):
+    tokens = seeded_tokens(config.vocab_size)
+    comparison = agreement(forward(a, config, tokens), forward(b, config, tokens))
+  return problems, comparison
+
+
+def _largest_difference(a: Form, b: Form, row: Row) -> float | None:
+  """Largest absolute difference, or None where the tensors agree."""
+  worst, equal = 0.0, True
+  for _, x, y in _pairs(a, b, row):
+    if x.dtype.itemsize < y.dtype.itemsize:
+      x, y = y, x
+    x = np.ascontiguousarray(cast(x, y.dtype, row.hf))
+    if same_bytes(x, np.ascontiguousarray(y)):
+      continue
+    equal = False
+    with np.errstate(invalid='ignore'):
+      difference = np.abs(x.astype(np.float32) - y.astype(np.float32))
+    worst = max(worst, float(np.max(np.nan_to_num(difference, nan=np.inf))))
+  return None if equal else worst
+
+
+@dataclasses.dataclass
+class Change:
+  """Squared norms of a difference and of what it is a difference from."""
+
+  moved: float = 0.0
+  size: float = 0.0
+
+  def add(self, x: np.ndarray, y: np.ndarray) -> None:
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    self.moved += float(np.sum(np.square(y - x)))
+    self.size += float(np.sum(np.square(x)))
+
+  @property
+  def relative(self) -> float:
+    return (self.moved / self.size) ** 0.5 if self.size else float(self.moved > 0)
+
+
+def module(row: Row) -> str:
+  """A row's module, for summaries."""
+  if row.layer is None:
+    return row.ours.split('/', 1)[0]
+  place = row.ours.split('/', 2)[-1]
+  return next(name for name in _MODULES if name in place)
+
+
+def diff(a: Form, b: Form, config: ModelConfig) -> dict:
+  """What changed from a to b.
+
+  Returns:
+    {'modules': {module: relative change}, 'tensors': {name: relative change},
+     'router_drift': {layer: relative change}, 'experts': {layer: [relative change by expert]}};
+    a relative change is |b - a| / |a|.
+
+  Raises:
+    ConvertError: the two are not of the same model.
+  """
+  for form in (a, b):
+    problems = form.check_names(config)
+    problems = problems or check_shapes(form, config, model_shapes(config))
+    if problems:
+      raise ConvertError(f'{form.path}: {"; ".join(problems[:8])}')
+  modules, tensors = collections.defaultdict(Change), collections.defaultdict(Change)
+  experts: dict[int, dict[int, Change]] = {}
+  routers: dict[int, float] = {}
+  for row in name_table(config):
+    for start, x, y in _pairs(a, b, row):
+      modules[module(row)].add(x, y)
+      tensors[row.hf].add(x, y)
+      if row.experts:
+        layer = experts.setdefault(row.layer, collections.defaultdict(Change))
+        for i in range(len(x)):
+          layer[start + i].add(x[i], y[i])
+    if module(row) == 'router':
+      routers[row.layer] = tensors[row.hf].relative
+  return {
+    'modules': {name: change.relative for name, change in modules.items()},
+    'tensors': {name: change.relative for name, change in tensors.items()},
+    'router_drift': routers,
+    'experts': {n: [layer[e].relative for e in sorted(layer)] for n, layer in experts.items()},
+  }
+
+
+def fsck(form: Form, config: ModelConfig) -> list[str]:
+  """Everything that is wrong with one checkpoint; each phrase names the tensor or file."""
+  problems = list(form.problems())
+  problems += form.check_names(config)
+  recorded = {line['target']: line for line in (form.receipt() or {}).get('tensors', ())}
+  named = {form.parameter(row).name: row for row in name_table(config) if _there(form, row)}
+  shapes = model_shapes(config)
+  for row in named.values():
+    expected = shapes[row.hf]
+    if form.transposed(row):
+      expected = (*expected[:-2], expected[-1], expected[-2])
+    stored = form.parameter(row)
+    if tuple(stored.shape) != tuple(expected):
+      problems.append(f'{stored.name} has shape {list(stored.shape)}, not {list(expected)}')
+  for name, row in named.items():
+    problems += _values(form.parameter(row), row, recorded.get(name))
+  others = form.tensors()
+  for name, stored in others.items():
+    # The rest of ours is whole arrays of which the rows above are slices.
+    if name.startswith('state/'):
+      problems += _values(stored, None, recorded.get(name))
+  return list(dict.fromkeys(problems))
+
+
+def _there(form: Form, row: Row) -> bool:
+  try:
+    form.parameter(row)
+  except (KeyError, ConvertError):
+    return False  # form.check_names has said so
+  return True
+
+
+def _values(stored: Stored, row: Row | None, recorded: dict | None) -> Iterator[str]:
+  """Problems of one tensor's values: unreadable, not finite, doubled or empty experts, changed."""
+  whole, finite = hashlib.sha256(), True
+  seen: dict[bytes, int] = {}
+  try:
+    for start, x in stored.pieces():
+      whole.update(as_bytes(x))
+      if finite and not is_finite(x):
+        finite = False
+        yield f'{stored.name} has values that are not finite'
+      if row is None or not row.experts:
+        continue
+      for i, expert in enumerate(x, start):
+        if not expert.any():
+          yield f'{stored.name}: expert {i} is missing, all its values are 0'
+          continue
+        content = hashlib.sha256(as_bytes(expert)).digest()
+        if content in seen:
+          yield f'{stored.name}: experts {seen[content]} and {i} are the same'
+        seen.setdefault(content, i)
+  except ConvertError as error:
+    yield str(error)
+    return
+  if recorded and whole.hexdigest() != recorded['sha256_after']:
+    yield f'{stored.name} is not what the receipt records (another SHA-256)'

@@ -1,0 +1,158 @@
+"""Tensors as they lie in files: read and written a few rows at a time, never all at once.
+
+Two layouts exist. Ours and t5x's have the same bytes for a tensor ([in, out]; our split gate is a
+view); PyTorch's Linear kernels are transposed. So a conversion is a copy or a transposition, with
+a change of dtype if asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+PIECE = 8 << 20  # bytes handled at a time, unless a chunk or an expert is larger
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': BFLOAT16}
+
+
+class ConvertError(RuntimeError):
+  """A conversion or check that cannot go on; names the tensor, the rule and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """A tensor in a file.
+
+  Attributes:
+    name: as the format spells it.
+    shape, dtype: as stored.
+    read: (start, stop) -> rows of axis 0, C-contiguous; scalars are read with (0, 1).
+    unit: rows that are best read together, because they share a compressed chunk.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[int, int], np.ndarray]
+  unit: int = 1
+
+  @property
+  def rows(self) -> int:
+    return self.shape[0] if self.shape else 1
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+  def step(self, piece: int = PIECE) -> int:
+    """Rows to read at a time: about `piece` bytes, in whole units."""
+    row_bytes = max(1, self.nbytes // max(1, self.rows))
+    return min(self.rows, max(1, piece // (row_bytes * self.unit)) * self.unit)
+
+  def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows) over the whole tensor, in order."""
+    step = self.step()
+    for start in range(0, self.rows, step):
+      yield start, self.read(start, min(start + step, self.rows))
+
+  def whole(self) -> np.ndarray:
+    return self.read(0, self.rows).reshape(self.shape)
+
+  def sha256(self) -> str:
+    """Of the bytes in C order, as stored."""
+    digest = hashlib.sha256()
+    for _, x in self.pieces():
+      digest.update(as_bytes(x))
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Writable:
+  """A tensor being written: what was written can be read back.
+
+  Attributes:
+    stored: the reading side.
+    write: (start, rows) at a multiple of stored.unit.
+  """
+
+  stored: Stored
+  write: Callable[[int, np.ndarray], None]
+
+
+def as_bytes(x: np.ndarray) -> memoryview:
+  """The array's bytes without a copy; bfloat16 has no buffer interface of its own."""
+  return memoryview(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+
+
+def transpose(x: np.ndarray) -> np.ndarray:
+  """The last two axes exchanged, C-contiguous; in tiles that fit the cache, twice NumPy's speed."""
+  out = np.empty((*x.shape[:-2], x.shape[-1], x.shape[-2]), x.dtype)
+  for i in range(0, x.shape[-2], 16):
+    for j in range(0, x.shape[-1], 256):
+      out[..., j : j + 256, i : i + 16] = x[..., i : i + 16, j : j + 256].swapaxes(-1, -2)
+  return out
+
+
+def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
+  """Equal bit by bit; unlike ==, NaN equals itself and 0.0 is not -0.0."""
+  kind = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[a.dtype.itemsize]
+  return a.dtype == b.dtype and np.array_equal(a.view(kind), b.view(kind))
+
+
+def is_finite(x: np.ndarray) -> bool:
+  """Whether all values are; a finite sum is the quick proof, an infinite one may be overflow."""
+  if not np.issubdtype(x.dtype, np.floating) and x.dtype != BFLOAT16:
+    return True
+  with np.errstate(over='ignore', invalid='ignore'):
+    if x.dtype == np.float32 and np.isfinite(x.sum()):
+      return True
+    return bool(np.isfinite(x.astype(np.float32, copy=False)).all())
+
+
+def cast(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+  """`x` in another dtype, rounded to nearest even.
+
+  Raises:
+    ConvertError: a finite value overflows.
+  """
+  if x.dtype == dtype:
+    return x
+  with np.errstate(over='ignore'):
+    y = x.astype(dtype)
+  if not is_finite(y) and is_finite(x):
+    largest = float(np.max(np.abs(x)))
+    limit = float(ml_dtypes.finfo(dtype).max)
+    raise ConvertError(
+      f'{name}: {largest:.4g} overflows {dtype.name} (largest {limit:.4g}). Convert to float32, or '
+      'mend the tensor.'
+    )
+  return y
+
+
+def divisor_near(step: int, limit: int) -> int:
+  """The largest divisor of `step` up to `limit`, at least 1."""
+  return next(n for n in range(max(1, min(step, limit)), 0, -1) if step % n == 0)
+
+
+def digest(value: object) -> str:
+  """SHA-256 of a JSON-able value."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_synced(path: os.PathLike | str, content: bytes) -> None:
+  """Writes a file and waits until the disk has it."""
+  if '://' in os.fspath(path):  # objects appear whole or not at all
+    epath.Path(path).write_bytes(content)
+    return
+  with open(path, 'wb') as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())

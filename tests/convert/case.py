@@ -1,0 +1,138 @@
+"""A tiny model in all three forms, and what the conversion tests share."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import shutil
+import struct
+import subprocess
+import sys
+
+import numpy as np
+from etils import epath
+
+from convert.__main__ import main
+from convert.convert import Options, convert, find_form, model_shapes
+from convert.names import name_table
+from convert.ours import OursSink
+from convert.sizes import to_json
+from convert.tensors import Stored
+from openmoe.config import ModelConfig, MoEConfig
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / 'tests' / 'golden'
+# heads * head_dim equals embed_dim, so that attention kernels are square and a transposition of
+# one changes no shape.
+CONFIG = ModelConfig(
+  name='tiny',
+  vocab_size=64,
+  num_layers=4,
+  embed_dim=32,
+  mlp_dim=48,
+  num_heads=2,
+  head_dim=16,
+  num_sparse_layers=2,
+  moe=MoEConfig(num_experts=4),
+  dtype='float32',
+)
+STEP = 7
+
+
+@functools.cache
+def weights(seed: int = 0) -> dict[str, np.ndarray]:
+  """Random float32 parameters by PyTorch name, in the common layout."""
+  generator = np.random.default_rng(seed)
+  shapes = model_shapes(CONFIG)
+  return {n: generator.standard_normal(s, np.float32) * np.float32(0.2) for n, s in shapes.items()}
+
+
+def write_ours(path: pathlib.Path, tensors=None, step: int = STEP, config=CONFIG) -> pathlib.Path:
+  """A checkpoint of ours with these tensors (default: weights()); returns its run directory."""
+  tensors = weights() if tensors is None else tensors
+  sink = OursSink(epath.Path(path) / f'checkpoint_{step}', step, {})
+  stored = {n: Stored(n, x.shape, x.dtype, lambda a, b, x=x: x[a:b]) for n, x in tensors.items()}
+  sink.prepare(config, stored, next(iter(tensors.values())).dtype)
+  for row in name_table(config):
+    sink.parameter(row).write(0, tensors[row.hf])
+  sink.finish()
+  return path
+
+
+def model_file(path: pathlib.Path, config=CONFIG) -> str:
+  path.write_text(json.dumps(to_json(config)))
+  return str(path)
+
+
+def loaded(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """All parameters of a checkpoint in the common layout, by PyTorch name."""
+  form = find_form(path)
+  return {row.hf: np.array(form.load(row)) for row in name_table(CONFIG)}
+
+
+def run_convert(source, kind: str, out, **options) -> pathlib.Path:
+  return pathlib.Path(convert(find_form(source), kind, out, None, Options(**options)).path)
+
+
+def contents(path: pathlib.Path) -> dict[str, bytes]:
+  """All files below a directory."""
+  return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob('*') if p.is_file()}
+
+
+def cli(*args, expect: int = 0) -> str:
+  """Output of the command line, run in this process."""
+  import io
+
+  out, err = io.StringIO(), io.StringIO()
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    code = main([str(a) for a in args])
+  text = out.getvalue() + err.getvalue()
+  assert code == expect, text
+  return text
+
+
+def start_cli(*args) -> subprocess.Popen:
+  environment = os.environ | {'PYTHONPATH': str(ROOT)}
+  command = [sys.executable, '-m', 'convert', *map(str, args)]
+  return subprocess.Popen(
+    command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+  )
+
+
+# --- changes to a Hugging Face folder
+
+
+def read_file(path: pathlib.Path) -> tuple[dict, bytearray]:
+  """Header and tensor bytes of a safetensors file, by the format's definition."""
+  content = path.read_bytes()
+  (length,) = struct.unpack('<Q', content[:8])
+  return json.loads(content[8 : 8 + length]), bytearray(content[8 + length :])
+
+
+def write_file(path: pathlib.Path, header: dict, data: bytes) -> None:
+  text = json.dumps(header).encode()
+  text += b' ' * (-len(text) % 8)
+  path.write_bytes(struct.pack('<Q', len(text)) + text + data)
+
+
+def edit_tensor(folder: pathlib.Path, name: str, change) -> None:
+  """Replaces one tensor of model.safetensors by change(tensor)."""
+  path = folder / 'model.safetensors'
+  header, data = read_file(path)
+  begin, end = header[name]['data_offsets']
+  old = np.frombuffer(bytes(data[begin:end]), np.float32).reshape(header[name]['shape'])
+  new = np.ascontiguousarray(change(old.copy()), np.float32)
+  assert new.shape == old.shape
+  data[begin:end] = new.tobytes()
+  write_file(path, header, bytes(data))
+
+
+def copy(source: pathlib.Path, target: pathlib.Path, receipt: bool = False) -> pathlib.Path:
+  """A copy of a folder; without receipt nothing tells what its tensors were."""
+  shutil.copytree(source, target)
+  if not receipt:
+    (target / 'conversion_receipt.json').unlink(missing_ok=True)
+  return target
