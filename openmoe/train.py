@@ -34,10 +34,11 @@ from openmoe.config import (
 from openmoe.data.statistics import unigram_entropy
 from openmoe.feed import Feed, evaluation_feed
 from openmoe.metrics import MetricsWriter
+from openmoe.models import build_model
 from openmoe.optimizer import learning_rate, make_optimizer
 from openmoe.plan import abstract_state, flops_per_token
 from openmoe.run_record import write_run_record
-from openmoe.train_state import TrainState, build_model, init_state, state_shardings
+from openmoe.train_state import TrainState, init_state, state_shardings
 from openmoe.train_step import eval_step, train_step
 from openmoe.types import Batch, PyTree
 
@@ -194,7 +195,7 @@ def train(
         total_steps=run.total_steps,
         tokens_per_step=data.batch_size * data.row_length,
         flops_per_step=flops,
-        sparse_layers=model.sparse_layers,
+        sparse_layers=model.router_layers,
       ) as writer,
       Preemption() as preemption,
     ):

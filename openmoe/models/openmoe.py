@@ -16,7 +16,7 @@ from openmoe.config import ModelConfig, Remat
 from openmoe.layers.attention import Attention, KVCache, init_cache
 from openmoe.layers.embed import Embed
 from openmoe.layers.mlp import Kernel, Mlp
-from openmoe.layers.moe import MoeLayer
+from openmoe.layers.moe import MoeLayer, fan_in_init
 from openmoe.layers.norm import RMSNorm
 from openmoe.types import Array, Batch, RouterStats
 
@@ -60,6 +60,12 @@ class BlockContext:
   token_mask_bt1: Array
   positions_bt: Array
   cache_slot_b: Array | None = None
+
+
+def final_norm_epsilon(config: ModelConfig) -> float:
+  """Of the norm after the last block."""
+  given = config.final_norm_epsilon
+  return config.norm_epsilon if given is None else given
 
 
 def token_mask(inputs_bt: Array) -> Array:
@@ -145,26 +151,28 @@ class Block(nn.Module):
 
     wide = jnp.zeros((), bool)  # the float32 MoE output ends the narrow part of the stream
     valid_bt = context.token_mask_bt1[..., 0] > 0
-    y, stats = MoeLayer(cfg.moe, *sizes, name='moe')(x, valid_bt, train)
+    expert_init = fan_in_init(cfg.init_scale)
+    moe = MoeLayer(cfg.moe, cfg.mlp_dim, dtype, expert_init, cfg.dropout_rate, name='moe')
+    y, stats = moe(x, valid_bt, train)
     r_btd = residual(r_btd, y, wide, train)
     x = normed('pre_extra_mlp_norm', r_btd)
     y = Mlp(*sizes, name='extra_mlp')(x, train)
     return residual(r_btd, y, wide, train), (cache, stats)
 
 
-def _block(config: ModelConfig):
-  """Block with the configured rematerialisation."""
-  match config.remat:
+def rematerialised(module, remat: Remat):
+  """A block class that recomputes in the backward pass what the config says."""
+  match remat:
     case Remat.NONE:
-      return Block
+      return module
     case Remat.DOTS:
       policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     case Remat.FULL:
       policy = None
-  return nn.remat(Block, policy=policy, prevent_cse=False)
+  return nn.remat(module, policy=policy, prevent_cse=False)
 
 
-def _scanned(module, length: int, axis: str, in_axes):
+def scanned(module, length: int, axis: str, in_axes):
   return nn.scan(
     module,
     variable_axes={'params': 0},
@@ -185,11 +193,11 @@ class BlockGroup(nn.Module):
 
   @nn.compact
   def __call__(self, r_btd: Array, cache: dict | None, narrow: Array, context: BlockContext):
-    cfg, block = self.config, _block(self.config)
+    cfg, block = self.config, rematerialised(Block, self.config.remat)
     cache = {} if cache is None else cache
     new_cache, stats = {}, None
     if self.num_dense:
-      dense = _scanned(block, self.num_dense, 'layers', (0, nn.broadcast, nn.broadcast))(
+      dense = scanned(block, self.num_dense, 'layers', (0, nn.broadcast, nn.broadcast))(
         cfg, sparse=False, train=self.train, name='dense'
       )
       r_btd, (new_cache['dense'], _) = dense(r_btd, cache.get('dense'), narrow, context)
@@ -248,12 +256,12 @@ class OpenMoE(nn.Module):
     groups, num_dense, sparse = group_shape(cfg)
     if sparse:
       r_btd = r_btd.astype(jnp.float32)
-    stack = _scanned(BlockGroup, groups, 'groups', (0, 0, nn.broadcast))(
+    stack = scanned(BlockGroup, groups, 'groups', (0, 0, nn.broadcast))(
       cfg, num_dense, sparse, train, name='decoder'
     )
     first_g = jnp.arange(groups) == 0
     r_btd, (new_cache, stats) = stack(r_btd, cache, first_g, context)
-    hidden = dropout(RMSNorm(dtype, cfg.norm_epsilon, name='decoder_norm')(r_btd))
+    hidden = dropout(RMSNorm(dtype, final_norm_epsilon(cfg), name='decoder_norm')(r_btd))
     hidden = hidden * context.token_mask_bt1
     init = nn.initializers.variance_scaling(cfg.init_scale, 'fan_in', 'truncated_normal')
     shape, axes = (cfg.embed_dim, cfg.vocab_size), ('embed', 'vocab')
