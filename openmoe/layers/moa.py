@@ -92,8 +92,12 @@ class MixtureOfAttention(nn.Module):
     b, t, d = x_btd.shape
     k, n, h = self.config.top_k, self.num_heads, self.head_dim
     x_gtd, routing, capacity = route_groups(x_btd, valid_bt, self.config, train)
-    moved = dict(routing=routing, config=self.config, capacity=capacity)
-    moved['kernel'] = choose_kernel(self.dtype, d, n * h)
+    moved = {
+      'routing': routing,
+      'config': self.config,
+      'capacity': capacity,
+      'kernel': choose_kernel(self.dtype, d, n * h),
+    }
     embed_axes = ('act_group', None, 'act_embed_slice')
     heads_axes = ('act_group', None, None, 'act_heads')
 
