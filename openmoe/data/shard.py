@@ -21,7 +21,7 @@ import seqio
 import tensorflow as tf
 
 from openmoe.config import ConfigError, DataConfig
-from openmoe.data import features
+from openmoe.data import cache, features
 from openmoe.data.concat import plain
 from openmoe.data.features import Example, Row
 
@@ -122,6 +122,7 @@ class Shard:
         f'{config.mixture_or_task_name} has no split {config.split!r}, only '
         f'{sorted(self._provider.splits)}.'
       )
+    self._check_sharing()
     arguments = {
       'sequence_length': dict(config.task_feature_lengths),
       'split': config.split,
@@ -143,6 +144,26 @@ class Shard:
     # Buffers that grow with the memory they find would grow the saved position as well.
     options.autotune.ram_budget = 256 << 20
     return dataset.with_options(options)
+
+  @property
+  def _tasks(self) -> list[seqio.Task]:
+    tasks = getattr(self._provider, 'tasks', [self._provider])
+    return [task for task in tasks if self._config.split in task.splits]
+
+  def _check_sharing(self) -> None:
+    """Refuses sources that shards cannot share without reading each other's examples."""
+    config = self._config
+    for task in self._tasks:
+      if config.use_cached:
+        cache.check_cached(task, config.num_shards, config.split)
+      elif config.shuffle and not task.source.supports_arbitrary_sharding:
+        # seqio would deal the examples of a stream that every shard shuffles differently.
+        files = len(task.source.list_shards(config.split))
+        if files < config.num_shards:
+          raise ConfigError(
+            f'{task.name} has {files} files of split {config.split!r}, fewer than num_shards='
+            f'{config.num_shards}: lower num_shards, or use openmoe.data.tfds_source.'
+          )
 
   def _select(self, example):
     wanted = {
@@ -167,16 +188,9 @@ class Shard:
       return
     except tf.errors.OpError as error:
       raise ConfigError(f'{self.name} cannot read its data: {error.message}') from error
-    sides = {'inputs': [np.zeros(0, np.int32)] * int(group['targets'].nrows())}
-    for key in self._config.task_feature_lengths:
-      values, splits = group[key].flat_values.numpy(), group[key].row_splits.numpy()
-      if len(values) and (values.max() >= self._vocab_size or values.min() < 0):
-        bad = values[(values >= self._vocab_size) | (values < 0)][0]
-        raise ConfigError(
-          f'{self.name} of {self._config.mixture_or_task_name} gave token id {bad}, outside the '
-          f'vocabulary of {self._vocab_size}: was it cached with another vocabulary?'
-        )
-      sides[key] = np.split(values, splits[1:-1])
+    sides = {key: self._checked(group[key]) for key in self._config.task_feature_lengths}
+    if 'inputs' not in sides:
+      sides['inputs'] = [np.zeros(0, np.int32)] * len(sides['targets'])
     sources = group['source'].numpy()
     documents, objectives = group['document_ids'].numpy(), group['objective'].numpy()
     for i, (inputs, targets) in enumerate(zip(sides['inputs'], sides['targets'], strict=True)):
@@ -186,21 +200,28 @@ class Shard:
       label = sources[i].decode()
       self._examples.append(Example(inputs, targets, label, ids, int(objectives[i])))
 
+  def _checked(self, tokens: tf.RaggedTensor | tf.Tensor) -> list[np.ndarray]:
+    """The token arrays of a group, all inside the vocabulary."""
+    if isinstance(tokens, tf.RaggedTensor):
+      values, splits = tokens.flat_values.numpy(), tokens.row_splits.numpy()
+      rows = np.split(values, splits[1:-1])
+    else:  # a task whose examples all have one length
+      values = tokens.numpy()
+      rows = list(values)
+    bad = values[(values >= self._vocab_size) | (values < 0)]
+    if len(bad):
+      raise ConfigError(
+        f'{self.name} of {self._config.mixture_or_task_name} gave token id {bad[0]}, outside the '
+        f'vocabulary of {self._vocab_size}: was it cached with another vocabulary?'
+      )
+    return rows
+
   def _why_empty(self) -> str:
     config = self._config
-    tasks = getattr(self._provider, 'tasks', [self._provider])
     info = seqio.ShardInfo(index=self._shard, num_shards=config.num_shards)
     empty = []
-    for task in tasks:
-      if config.split not in task.splits:
-        continue
-      source = task.source
-      options = {'split': config.split, 'shuffle': False}
-      few = not source.supports_arbitrary_sharding
-      if few and len(source.list_shards(config.split)) < config.num_shards:
-        found = source.get_dataset(**options).shard(info.num_shards, info.index)
-      else:
-        found = source.get_dataset(shard_info=info, **options)
+    for task in self._tasks:
+      found = task.source.get_dataset(split=config.split, shuffle=False, shard_info=info)
       if not list(found.take(1)):
         empty.append(task.name)
     return (

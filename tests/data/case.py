@@ -75,10 +75,20 @@ def words(count: int, seed: int) -> str:
   return ' '.join(''.join(rng.choice(list('abcdefghij'), 4)) for _ in range(count))
 
 
-def make_corpus(folder: pathlib.Path, name: str, files: int = 3, documents: int = 20) -> list[str]:
-  """A registered corpus of random words; returns its task names."""
+def write_corpus(folder: pathlib.Path, name: str, files: int = 3, documents: int = 20) -> None:
+  """Files of random words, name-0.jsonl and so on."""
   for number in range(files):
     texts = [words(60 + 7 * i, seed=1000 * number + i) for i in range(documents)]
     write_jsonl(folder / f'{name}-{number}.jsonl', texts)
+
+
+def add_corpus(folder: pathlib.Path, name: str) -> list[str]:
+  """Registers the tasks over what write_corpus wrote; returns their names."""
   source = TextFiles({'train': str(folder / f'{name}-*.jsonl')}, held_out_every=10)
   return chains.add_corpus(name, source, VOCABULARY)
+
+
+def make_corpus(folder: pathlib.Path, name: str) -> list[str]:
+  """A registered corpus of random words; returns its task names."""
+  write_corpus(folder, name)
+  return add_corpus(folder, name)

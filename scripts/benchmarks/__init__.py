@@ -1,0 +1,1 @@
+"""Benchmarks; each prints figures, with --json as one object."""
