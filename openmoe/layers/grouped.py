@@ -68,7 +68,9 @@ def choose_kernel(dtype: jnp.dtype, *sides: int) -> Kernel:
       return Kernel.BLOCKED
 
 
-def segment_layout(expert_nk: Array, num_experts: int, kernel: Kernel) -> tuple[SlotMap, Segments]:
+def block_layout(
+  expert_nk: Array, num_experts: int, kernel: Kernel = Kernel.BLOCKED
+) -> tuple[SlotMap, Segments]:
   """Places every routed row into its expert's segment; nothing is dropped.
 
   Args:

@@ -8,7 +8,7 @@ trip counts depend on the routing, shapes do not.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import flax.struct
 import jax

@@ -23,7 +23,7 @@ def double_swiglu(gate: Array, linear: Array) -> Array:
 
 
 def swiglu(gate: Array, linear: None = None) -> Array:
-  """silu(a) * b, with a, b = gate[..., 0, :], gate[..., 1, :]: SwiGLU as JetMoE and Llama have it."""
+  """silu(a) * b with a, b = gate[..., 0, :], gate[..., 1, :]: plain SwiGLU, as JetMoE has it."""
   assert linear is None, 'SwiGLU has no third factor'
   return nn.silu(gate[..., 0, :]) * gate[..., 1, :]
 

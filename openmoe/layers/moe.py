@@ -109,8 +109,10 @@ class Experts(nn.Module):
     return ExpertWeights(wi_0_eduf, wi_1_edf, wo_efd, keep_ef)
 
 
-def fan_in_init(scale: float) -> Callable:
-  """Normal with variance scale / fan_in for every expert of a stack, for Experts.kernel_init."""
+def _kernel_init(scale: float, std: float | None) -> Callable:
+  """For Experts.kernel_init; see MoeLayer."""
+  if std is not None:
+    return lambda out_axis: nn.initializers.normal(std)
   return lambda out_axis: nn.initializers.variance_scaling(
     scale, 'fan_in', 'normal', in_axis=1, out_axis=out_axis, batch_axis=0
   )
@@ -145,17 +147,19 @@ class MoeLayer(nn.Module):
   """Mixture of gated MLPs. Dropped tokens get 0 (or the bias): the residual carries them.
 
   Attributes:
-    expert_init: see Experts.kernel_init.
+    init_scale: every expert's kernels start with variance init_scale / fan_in.
+    init_std: in place of it, one standard deviation for all kernels.
     bias: whether one vector, shared by all experts and not gated, is added to every output.
   """
 
   config: MoEConfig
   mlp_dim: int
   dtype: jnp.dtype
-  expert_init: Callable
+  init_scale: float
   dropout_rate: float = 0.0
   gating: Gating = DOUBLE_SWIGLU
   bias: bool = False
+  init_std: float | None = None
 
   @nn.compact
   def __call__(
@@ -171,7 +175,7 @@ class MoeLayer(nn.Module):
       self.config.num_experts,
       self.mlp_dim,
       self.dtype,
-      self.expert_init,
+      _kernel_init(self.init_scale, self.init_std),
       self.dropout_rate,
       self.gating,
       name='experts',

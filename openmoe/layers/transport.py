@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from openmoe import partitioning
 from openmoe.config import Dispatch, MoEConfig
 from openmoe.layers import dispatch as dispatching
-from openmoe.layers.grouped import Kernel, Segments, segment_layout
+from openmoe.layers.grouped import Kernel, Segments, block_layout
 from openmoe.types import Array, PyTree, Routing
 
 # (weights, rows, segments) -> rows. Rows are [e, r, i] buffers where segments is None, else [m, i].
@@ -118,7 +118,7 @@ def _through_segments(run, x, routing: Routing, num_experts: int, kernel: Kernel
   leave = lambda slots: dispatching.dispatch(rows, slots if x.ndim == 3 else slots.by_choice())
 
   if partitioning.partitions('expert') == 1:
-    slots, segments = segment_layout(expert_nk, num_experts, kernel)
+    slots, segments = block_layout(expert_nk, num_experts, kernel)
     return _home(run(leave(slots), segments), routing, slots, combine)
 
   slots, counts_me = _sort_for_exchange(expert_nk, num_experts)
@@ -129,7 +129,7 @@ def _through_segments(run, x, routing: Routing, num_experts: int, kernel: Kernel
   max_rows = sizes_mm.shape[0] * g * t * min(k, local_e)
   arrived_rd = partitioning.exchange_rows(rows_rd, sizes_mm, max_rows, 'expert')
   arrived_r1 = _arrived_experts(counts_me, local_e, max_rows)
-  arrived, segments = segment_layout(arrived_r1, local_e, kernel)
+  arrived, segments = block_layout(arrived_r1, local_e, kernel)
   out_mo = run(dispatching.dispatch(arrived_rd, arrived), segments)
   out_ro = dispatching.collect(out_mo, arrived)[:, 0]
   home_ro = partitioning.exchange_rows(out_ro, sizes_mm.T, rows_rd.shape[0], 'expert')

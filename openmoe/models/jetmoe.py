@@ -72,10 +72,11 @@ class JetMoEBlock(nn.Module):
       cfg.moe,
       cfg.mlp_dim,
       dtype,
-      lambda out_axis: init,
+      cfg.init_scale,
       cfg.dropout_rate,
       gating=SWIGLU,
       bias=True,
+      init_std=cfg.init_std,
       name='moe',
     )
     y_btd, mlp_stats = moe(normed('pre_mlp_norm'), valid_bt, train)

@@ -16,7 +16,7 @@ from openmoe.config import ModelConfig, Remat
 from openmoe.layers.attention import Attention, KVCache, init_cache
 from openmoe.layers.embed import Embed
 from openmoe.layers.mlp import Kernel, Mlp
-from openmoe.layers.moe import MoeLayer, fan_in_init
+from openmoe.layers.moe import MoeLayer
 from openmoe.layers.norm import RMSNorm
 from openmoe.types import Array, Batch, RouterStats
 
@@ -151,9 +151,7 @@ class Block(nn.Module):
 
     wide = jnp.zeros((), bool)  # the float32 MoE output ends the narrow part of the stream
     valid_bt = context.token_mask_bt1[..., 0] > 0
-    expert_init = fan_in_init(cfg.init_scale)
-    moe = MoeLayer(cfg.moe, cfg.mlp_dim, dtype, expert_init, cfg.dropout_rate, name='moe')
-    y, stats = moe(x, valid_bt, train)
+    y, stats = MoeLayer(cfg.moe, *sizes, name='moe')(x, valid_bt, train)
     r_btd = residual(r_btd, y, wide, train)
     x = normed('pre_extra_mlp_norm', r_btd)
     y = Mlp(*sizes, name='extra_mlp')(x, train)
