@@ -31,6 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
   'expert': (EXPERT,),
   'expert_mlp': (MODEL,),
   'router': (),  # the expert axis of the router kernel: every device scores every expert
+  'classes': (),  # of a sequence classifier
   'groups': (),  # scanned repetitions of a group of blocks
   'layers': (),  # scanned dense blocks inside a group
   'act_batch': (DATA, EXPERT),

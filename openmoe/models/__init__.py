@@ -10,13 +10,13 @@ from openmoe.models.openmoe import ModelOutput, OpenMoE
 __all__ = ['JetMoE', 'ModelOutput', 'OpenMoE', 'build_model', 'init_decode_cache']
 
 
-def build_model(config: ModelConfig) -> nn.Module:
-  """The decoder that a config describes."""
+def build_model(config: ModelConfig, name: str | None = None) -> nn.Module:
+  """The decoder that a config describes; inside a module, a submodule of this name."""
   match config.architecture:
     case Architecture.OPENMOE:
-      return OpenMoE(config)
+      return OpenMoE(config, name=name)
     case Architecture.JETMOE:
-      return JetMoE(config)
+      return JetMoE(config, name=name)
 
 
 def init_decode_cache(config: ModelConfig, batch: int, length: int) -> dict:
