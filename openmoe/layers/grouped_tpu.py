@@ -14,13 +14,6 @@ TILE_ROWS = 128  # the number of rows must be a multiple
 _TILE = 512  # of the other two dimensions; partial tiles are masked by the kernel
 
 
-def _gmm():
-  # Imported when used: a CPU or GPU process has no use for the TPU dialect.
-  from jax.experimental.pallas.ops.tpu.megablox import gmm
-
-  return gmm
-
-
 def _tiling(*sides: int) -> tuple[int, int, int]:
   return (TILE_ROWS, *(min(_TILE, side) for side in sides))
 
@@ -31,8 +24,11 @@ def _interpret() -> bool:
 
 def matmul(lhs_mi: Array, rhs_eio: Array, rows_e: Array, transpose: bool) -> Array:
   """[m, i] -> [m, o] in lhs's dtype (transposed: rhs is [e, o, i]); rows past the last are 0."""
+  # Imported when used: a CPU or GPU process has no use for the TPU dialect.
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
   out_dim = rhs_eio.shape[1] if transpose else rhs_eio.shape[2]
-  out_mo = _gmm().gmm(
+  out_mo = gmm(
     lhs_mi,
     rhs_eio,
     rows_e,
@@ -47,7 +43,9 @@ def matmul(lhs_mi: Array, rhs_eio: Array, rows_e: Array, transpose: bool) -> Arr
 
 def transposed_matmul(lhs_mi: Array, dout_mo: Array, rows_e: Array) -> Array:
   """float32 [e, i, o]: per expert the sum over its rows of lhs^T dout; 0 without rows."""
-  drhs_eio = _gmm().tgmm(
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+  drhs_eio = tgmm(
     lhs_mi.swapaxes(0, 1),
     dout_mo,
     rows_e,

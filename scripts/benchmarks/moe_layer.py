@@ -2,8 +2,8 @@
 
 Every dispatch, forward and forward + backward, beside two floors of the same expert FLOPs: one
 dense MLP over all T k rows (`floor_one`) and one batched matmul of equal experts (`floor_bmm`).
-Rounds are interleaved; a ratio is to the better floor of its own round, medians are over rounds, and CPU
-time and load are reported beside: a shared machine's milliseconds mean little.
+Rounds are interleaved; a ratio is to the better floor of its own round. Medians are over rounds,
+and CPU time and load are reported beside: a shared machine's milliseconds mean little.
 
 Experts are plain SwiGLU, routed top-2 by a random router, float32. The layer includes router,
 dispatch and combine. `executed_flops` counts the matrix products that a call executes, loops as
