@@ -29,6 +29,11 @@ class Kernel(enum.Enum):
   MOSAIC_GPU = 'mosaic_gpu'  # the Pallas kernels that ship with jax: Hopper GPUs; unmeasured
   PADDED = 'padded'  # batched matmuls over padded experts: other GPUs and shapes; unmeasured
 
+  @property
+  def untyped(self) -> bool:
+    """Whether it must run in partitioning.per_shard(typed=False)."""
+    return self in (Kernel.MEGABLOX, Kernel.MOSAIC_GPU)
+
 
 @flax.struct.dataclass
 class Segments:

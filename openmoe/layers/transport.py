@@ -71,6 +71,7 @@ def through_experts(
     x,
     weights,
     routing.replace(stats=None),
+    typed=not kernel.untyped,
   )
 
 

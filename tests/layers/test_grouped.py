@@ -1,12 +1,15 @@
 """Every grouped-matmul kernel against loops: values, gradients, empty experts, unrouted rows."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from openmoe import partitioning
+from openmoe.config import MeshConfig, MoEConfig
 from openmoe.layers import dispatch as dispatching
-from openmoe.layers import grouped_blocked
+from openmoe.layers import grouped_blocked, moe
 from openmoe.layers.grouped import Kernel, block_layout, grouped_matmul, grouped_mlp
 from openmoe.layers.mlp import DOUBLE_SWIGLU, SWIGLU
 
@@ -100,3 +103,21 @@ def test_chunks_cover_every_row_once(counts):
 def test_padding_is_little(rows, experts):
   align = grouped_blocked.alignment(rows, experts)
   assert align == 8 or (align - 1) * experts <= rows / 16 + experts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('partitions', [1, 2, 4])
+def test_a_pallas_kernel_under_a_mesh(monkeypatch, partitions):
+  """Its outputs carry no manual-axis types, so gradients of shared weights need their own path."""
+  monkeypatch.setattr(moe, 'choose_kernel', lambda *sides: Kernel.MEGABLOX)
+  config = MoEConfig(4, group_size=8, dispatch='dropless')
+  layer = moe.MoeLayer(config, F, jnp.float32, 1.0, gating=SWIGLU)
+  x = jax.random.normal(jax.random.key(0), (8, 8, D))
+  params = nn.unbox(layer.init(jax.random.key(1), x, None, False))['params']
+  loss = lambda p, x: jnp.sum(jnp.sin(layer.apply({'params': p}, x, None, True)[0]))
+  grad = lambda: jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
+  want = grad()
+  with jax.set_mesh(partitioning.make_mesh(MeshConfig(num_expert_partitions=partitions))):
+    got = grad()
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-4)
