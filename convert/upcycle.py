@@ -36,9 +36,6 @@ from openmoe.models.openmoe import group_shape
 from openmoe.train_state import abstract_params
 from openmoe.types import Batch, PyTree
 
-_COPIED = ('wi_0/kernel', 'wi_1/kernel', 'wo/kernel', 'attention/query/kernel',
-           'attention/out/kernel')  # fmt: skip
-
 
 def dense_config(config: ModelConfig, name: str | None = None) -> ModelConfig:
   """The dense model that upcycles to `config`.
@@ -70,7 +67,9 @@ def upcycle(dense: PyTree, config: ModelConfig, seed: int, noise: float = 0.0) -
   """
   flat = {k: np.asarray(v) for k, v in flax.traverse_util.flatten_dict(dense, sep='/').items()}
   _check(flat, dense_config(config))
-  shapes = flax.traverse_util.flatten_dict(abstract_params(config)[0], sep='/')
+  shapes, axes = (
+    flax.traverse_util.flatten_dict(tree, sep='/') for tree in abstract_params(config)
+  )
   rng = np.random.default_rng(seed)
   params = {}
   for path, leaf in shapes.items():
@@ -84,7 +83,7 @@ def upcycle(dense: PyTree, config: ModelConfig, seed: int, noise: float = 0.0) -
         value = _jetmoe(path, flat, config)
     if value.shape != leaf.shape:  # an expert axis to fill
       value = np.broadcast_to(value, leaf.shape)
-    if noise and _is_expert(path):
+    if noise and 'expert' in axes[path]:
       value = value + noise * np.std(value) * rng.normal(size=leaf.shape)
     params[path] = np.array(value, np.float32)
   return flax.traverse_util.unflatten_dict(params, sep='/')
@@ -100,10 +99,6 @@ def _check(flat: Mapping[str, np.ndarray], config: ModelConfig) -> None:
         f'{path} is {there} in the dense checkpoint, and the dense model of {config.name} has it '
         f'{here}: train it with the same sizes, without experts.'
       )
-
-
-def _is_expert(path: str) -> bool:
-  return path.endswith(_COPIED) and ('experts/' in path or '/attention/' in path)
 
 
 def _openmoe(path: str, flat: Mapping[str, np.ndarray], config: ModelConfig) -> np.ndarray:
