@@ -39,6 +39,27 @@ class RouterOrder(enum.Enum):
   TOP_K_SOFTMAX = 'top_k_softmax'  # softmax over the chosen logits only (JetMoE)
 
 
+class RouterLoss(enum.Enum):
+  """How the losses of all routers become one number."""
+
+  MEAN = 'mean'  # mean over sparse layers; load balance is top_k at balance (OpenMoE)
+  SUM = 'sum'  # sum over all routers; load balance is 1 per router at balance (JetMoE)
+
+
+class Architecture(enum.Enum):
+  """Which decoder the sizes are of."""
+
+  OPENMOE = 'openmoe'  # dense and sparse blocks; OpenLLaMA is the one without sparse blocks
+  JETMOE = 'jetmoe'  # every block a mixture of attention heads and a mixture of MLPs
+
+
+class InitialState(enum.Enum):
+  """What a run takes over from TrainConfig.initial_checkpoint."""
+
+  ALL = 'all'  # parameters, optimizer and step: the next phase of a run, with other data
+  PARAMS = 'params'  # parameters only: fine-tuning, upcycled checkpoints
+
+
 class Remat(enum.Enum):
   """What a block recomputes in the backward pass."""
 
@@ -111,6 +132,8 @@ class MoEConfig:
     capacity_convention: whether the factor counts top_k.
     router_order: which softmax scales the expert outputs.
     load_balance_weight, router_z_weight: weights of the two router losses.
+    router_loss: how the losses of several routers are put together.
+    router_init_std: standard deviation of the router's initial kernel.
     jitter_noise: multiplies router inputs by U(1-j, 1+j) in training; 0 is off.
     ignore_padding: False routes padding (to experts 0 and 1: its logits tie), as released.
     dispatch: how tokens reach the experts.
@@ -126,6 +149,8 @@ class MoEConfig:
   router_order: RouterOrder = RouterOrder.SOFTMAX_TOP_K
   load_balance_weight: float = 0.01
   router_z_weight: float = 1e-4
+  router_loss: RouterLoss = RouterLoss.MEAN
+  router_init_std: float = 0.02
   jitter_noise: float = 0.0
   ignore_padding: bool = False
   dispatch: Dispatch = Dispatch.SCATTER
@@ -133,9 +158,10 @@ class MoEConfig:
   def __post_init__(self):
     _set_enum(self, 'capacity_convention', CapacityConvention)
     _set_enum(self, 'router_order', RouterOrder)
+    _set_enum(self, 'router_loss', RouterLoss)
     _set_enum(self, 'dispatch', Dispatch)
     _positive(self, 'num_experts', 'top_k', 'group_size', 'capacity_factor')
-    _positive(self, 'eval_capacity_factor', 'min_expert_capacity')
+    _positive(self, 'eval_capacity_factor', 'min_expert_capacity', 'router_init_std')
     _require(
       self.top_k <= self.num_experts,
       f'MoEConfig.top_k={self.top_k} is more than num_experts={self.num_experts}; lower top_k.',
@@ -148,21 +174,26 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """An OpenMoE or OpenLLaMA decoder.
+  """An OpenMoE, OpenLLaMA or JetMoE decoder.
 
   Attributes:
     name: label for logs and checkpoints.
+    architecture: which decoder; the fields below say where it matters.
     vocab_size: rows of the embedding and of the output layer.
     num_layers, embed_dim, mlp_dim, num_heads, head_dim: sizes; num_heads * head_dim need not be
-      embed_dim.
+      embed_dim. JetMoE: num_heads are the key-value heads, which each of a token's top_k
+      attention experts meets with as many query heads of its own.
     num_sparse_layers: 0 for a dense model; else num_layers must be a multiple, and layer i is
-      sparse iff i % p == p - 1 with p = num_layers / num_sparse_layers.
-    moe: the sparse layers; required iff num_sparse_layers > 0.
+      sparse iff i % p == p - 1 with p = num_layers / num_sparse_layers. JetMoE: num_layers.
+    moe: the sparse layers; required iff num_sparse_layers > 0. JetMoE: of both its mixtures.
     dtype: of activations ('bfloat16' or 'float32'); parameters are float32. 'float64' is for
       comparing implementations, under jax.enable_x64 and with float64 parameters.
     dropout_rate: of every dropout of the network.
     init_scale: SCALE of the variance-scaling initialisers (0.1 for the MoE models, 1.0 dense).
+    init_std: JetMoE: standard deviation of every matrix in place of init_scale.
     rope_theta, norm_epsilon: as named.
+    final_norm_epsilon: of the norm after the last block; None takes norm_epsilon. The published
+      JetMoE has 1e-6 inside and 1e-5 at the end.
     float32_attention: computes attention logits and softmax in float32 (released: False).
     remat: what blocks recompute in the backward pass.
     vocab_block: columns of the output layer held at once by the loss.
@@ -180,16 +211,22 @@ class ModelConfig:
   dtype: str = 'bfloat16'
   dropout_rate: float = 0.0
   init_scale: float = 0.1
+  init_std: float = 0.01
   rope_theta: float = 10000.0
   norm_epsilon: float = 1e-6
+  final_norm_epsilon: float | None = None
   float32_attention: bool = False
   remat: Remat = Remat.NONE
   vocab_block: int = 16384
+  architecture: Architecture = Architecture.OPENMOE
 
   def __post_init__(self):
     _set_enum(self, 'remat', Remat)
+    _set_enum(self, 'architecture', Architecture)
     _positive(self, 'vocab_size', 'num_layers', 'embed_dim', 'mlp_dim', 'num_heads', 'head_dim')
-    _positive(self, 'init_scale', 'rope_theta', 'norm_epsilon', 'vocab_block')
+    _positive(self, 'init_scale', 'init_std', 'rope_theta', 'norm_epsilon', 'vocab_block')
+    if self.final_norm_epsilon is not None:
+      _positive(self, 'final_norm_epsilon')
     _require(self.head_dim % 2 == 0, f'head_dim={self.head_dim} must be even for rotary halves.')
     _require(
       self.dtype in ('bfloat16', 'float32', 'float64'),
@@ -206,6 +243,11 @@ class ModelConfig:
         f'num_layers={self.num_layers} must be a multiple of num_sparse_layers='
         f'{self.num_sparse_layers}; sparse layers are evenly spaced.',
       )
+    _require(
+      self.architecture is not Architecture.JETMOE or self.num_sparse_layers == self.num_layers,
+      f'num_sparse_layers={self.num_sparse_layers} of num_layers={self.num_layers}: every block of '
+      f'JetMoE is sparse, so give both the same number (a dense one has num_experts=1).',
+    )
 
   @property
   def sparse_period(self) -> int:
@@ -218,6 +260,12 @@ class ModelConfig:
     if not self.num_sparse_layers:
       return ()
     return tuple(range(self.sparse_period - 1, self.num_layers, self.sparse_period))
+
+  @property
+  def router_layers(self) -> tuple[int, ...]:
+    """0-based layer of each router, in the order of RouterStats' leading axis."""
+    routers = 2 if self.architecture is Architecture.JETMOE else 1
+    return tuple(layer for layer in self.sparse_layers for _ in range(routers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,6 +401,9 @@ class TrainConfig:
     router_period: steps between per-layer, per-expert load records.
     allow_data_change: continue a checkpoint of another mixture or other lengths, with the new data
       from its beginning: how a second stage or fine-tuning follows pretraining in one directory.
+    initial_checkpoint: checkpoint of another run, 'RUN/checkpoint_STEP', that a new run starts
+      from; its data stream starts afresh. None starts from scratch.
+    initial_state: what is taken from it.
     sample_prompts, sample_tokens: texts to continue greedily when the run is complete, and by how
       many tokens.
   """
@@ -368,10 +419,13 @@ class TrainConfig:
   log_period: int = 10
   router_period: int = 10
   allow_data_change: bool = False
+  initial_checkpoint: str | None = None
+  initial_state: InitialState = InitialState.ALL
   sample_prompts: tuple[str, ...] = ()
   sample_tokens: int = 48
 
   def __post_init__(self):
+    _set_enum(self, 'initial_state', InitialState)
     _positive(self, 'total_steps', 'num_microbatches', 'checkpoint_period', 'keep_checkpoints')
     _positive(self, 'log_period', 'router_period')
     _require(bool(self.model_dir), 'TrainConfig.model_dir is empty; set MODEL_DIR.')

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from openmoe.config import ConfigError, Dispatch, ModelConfig
-from openmoe.models.openmoe import init_decode_cache
-from openmoe.train_state import build_model
+from openmoe.models import build_model, init_decode_cache
 from openmoe.types import Array, PyTree
 
 

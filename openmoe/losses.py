@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from openmoe import partitioning
-from openmoe.config import MoEConfig
+from openmoe.config import MoEConfig, RouterLoss
 from openmoe.types import Array, RouterStats
 
 
@@ -179,14 +179,16 @@ _token_loss.defvjp(_token_loss_fwd, _token_loss_bwd)
 
 
 def router_losses(stats: RouterStats | None, config: MoEConfig | None) -> dict[str, Array]:
-  """The two router losses, weighted, each averaged over the sparse layers (t5x MoE models.py).
+  """The two router losses, weighted; empty for a dense model.
 
-  Unweighted, load balance is top_k at perfect balance and the z-loss 0 for tiny logits; see
-  layers.router. Empty for a dense model.
+  OpenMoE averages each over the sparse layers (t5x MoE models.py); unweighted, load balance is
+  top_k at perfect balance. JetMoE sums over all its routers, two a layer, and each is 1 at
+  balance: 48 for the 8B. The z-loss is log(E)^2 a router for tiny logits. See layers.router.
   """
   if stats is None:
     return {}
+  together = jnp.sum if config.router_loss is RouterLoss.SUM else jnp.mean
   return {
-    'load_balance_loss': config.load_balance_weight * jnp.mean(stats.load_balance_loss),
-    'router_z_loss': config.router_z_weight * jnp.mean(stats.router_z_loss),
+    'load_balance_loss': config.load_balance_weight * together(stats.load_balance_loss),
+    'router_z_loss': config.router_z_weight * together(stats.router_z_loss),
   }

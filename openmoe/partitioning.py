@@ -31,6 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
   'expert': (EXPERT,),
   'expert_mlp': (MODEL,),
   'router': (),  # the expert axis of the router kernel: every device scores every expert
+  'classes': (),  # of a sequence classifier
   'groups': (),  # scanned repetitions of a group of blocks
   'layers': (),  # scanned dense blocks inside a group
   'act_batch': (DATA, EXPERT),
@@ -189,18 +190,27 @@ def partitions(logical: str) -> int:
   return 1 if mesh is None else math.prod(mesh.shape[a] for a in RULES[logical])
 
 
-def per_shard(fn: Callable, in_axes: Sequence[PyTree], out_axes: PyTree, *args: PyTree) -> PyTree:
+def per_shard(
+  fn: Callable, in_axes: Sequence[PyTree], out_axes: PyTree, *args: PyTree, typed: bool = True
+) -> PyTree:
   """Runs `fn` once per device on the local pieces of `args`; without a mesh, just `fn(*args)`.
 
   Axes are tuples of logical names, one a dimension, in pytrees shaped like the arguments. What fn
   returns must be summed over every mesh axis that its out_axes do not name; fn communicates with
   `all_reduce`, `exchange`, `gather` and `reduce_scatter` below.
+
+  typed=False is for fn that call Pallas kernels which do not say how their outputs differ between
+  devices: values then carry no manual-axis types. out_axes must name every mesh axis, and fn must
+  not use all_reduce: its gradient would be summed twice.
   """
   if current_mesh() is None:
     return fn(*args)
   is_axes = lambda a: isinstance(a, tuple) and all(x is None or isinstance(x, str) for x in a)
   specs = partial(jax.tree.map, logical_to_spec, is_leaf=is_axes)
-  return jax.shard_map(fn, in_specs=specs(tuple(in_axes)), out_specs=specs(out_axes))(*args)
+  mapped = jax.shard_map(
+    fn, in_specs=specs(tuple(in_axes)), out_specs=specs(out_axes), check_vma=typed
+  )
+  return mapped(*args)
 
 
 def varying(x: Array) -> Array:

@@ -9,7 +9,7 @@ import flax.traverse_util
 import jax
 
 from openmoe import partitioning
-from openmoe.config import Dispatch, MeshConfig, ModelConfig, OptimizerConfig
+from openmoe.config import Architecture, Dispatch, MeshConfig, ModelConfig, OptimizerConfig
 from openmoe.optimizer import make_optimizer
 from openmoe.train_state import (
   TrainState,
@@ -27,6 +27,8 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
   Matrix products only. Attention counts the causal half; experts count the top_k a token is sent
   to, without capacity padding, dispatch or recomputation.
   """
+  if config.architecture is Architecture.JETMOE:
+    return 3.0 * _jetmoe_forward_flops(config, length)
   d, width = config.embed_dim, config.num_heads * config.head_dim
   attention = 2 * 4 * d * width + 2 * 2 * (length / 2) * width
   mlp = 2 * 4 * d * config.mlp_dim  # double gate, linear, output
@@ -36,6 +38,15 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
     sparse = (config.moe.top_k + 1) * mlp + 2 * d * config.moe.num_experts
     forward += config.num_sparse_layers * sparse
   return 3.0 * forward
+
+
+def _jetmoe_forward_flops(config: ModelConfig, length: int) -> float:
+  """Of one token: top_k query and output projections, top_k heads a key-value head."""
+  d, k, width = config.embed_dim, config.moe.top_k, config.num_heads * config.head_dim
+  attention = 2 * (2 * k + 2) * d * width + k * 2 * 2 * (length / 2) * width
+  mlp = 2 * k * 3 * d * config.mlp_dim
+  routers = 2 * 2 * d * config.moe.num_experts
+  return config.num_layers * (attention + mlp + routers) + 2 * d * config.vocab_size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ from openmoe.checkpoint import Checkpointer
 from openmoe.config import (
   ConfigError,
   DataConfig,
+  InitialState,
   MeshConfig,
   ModelConfig,
   OptimizerConfig,
@@ -34,10 +35,11 @@ from openmoe.config import (
 from openmoe.data.statistics import unigram_entropy
 from openmoe.feed import Feed, evaluation_feed
 from openmoe.metrics import MetricsWriter
+from openmoe.models import build_model
 from openmoe.optimizer import learning_rate, make_optimizer
 from openmoe.plan import abstract_state, flops_per_token
 from openmoe.run_record import write_run_record
-from openmoe.train_state import TrainState, build_model, init_state, state_shardings
+from openmoe.train_state import TrainState, init_state, state_shardings
 from openmoe.train_step import eval_step, train_step
 from openmoe.types import Batch, PyTree
 
@@ -159,19 +161,23 @@ def train(
   if jax.process_index() == 0:
     write_run_record(run.model_dir, config_text, start or 0)
   with Feed(device_mesh, data) as feed, jax.set_mesh(device_mesh):
-    if start is None:
-      state = jax.jit(
-        functools.partial(init_state, module, transform, run.seed), out_shardings=shardings
-      )()
-    else:
-      placed = jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        abstract,
-        shardings,
-      )
+    init = jax.jit(
+      functools.partial(init_state, module, transform, run.seed), out_shardings=shardings
+    )
+    placed = jax.tree.map(
+      lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+      abstract,
+      shardings,
+    )
+    if start is not None:
       state, positions, metadata = checkpointer.restore(start, placed)
       if not _data_changed(run, data, metadata, start):
         feed.restore(positions)
+    elif run.initial_checkpoint:
+      state = initial_state(run, identity(model), placed, init)
+    else:
+      state = init()
+    first = int(state.step)
 
     evaluate = _evaluator(run, model, module, eval_data, device_mesh)
     step_fn = jax.jit(
@@ -191,18 +197,18 @@ def train(
     with (
       MetricsWriter(
         run.model_dir,
-        start_step=start or 0,
+        start_step=first,
         total_steps=run.total_steps,
         tokens_per_step=data.batch_size * data.row_length,
         flops_per_step=flops,
-        sparse_layers=model.sparse_layers,
+        sparse_layers=model.router_layers,
       ) as writer,
       Preemption() as preemption,
     ):
       if start is not None:
         writer.note(f'Resumed from checkpoint_{start}.')
       state, complete = _loop(
-        run, data, state, start or 0, step_fn, feed, evaluate, checkpointer, writer, preemption
+        run, data, state, first, step_fn, feed, evaluate, checkpointer, writer, preemption
       )
       step = int(state.step)
       validation = evaluate(state.params) if complete and evaluate else {}
@@ -220,6 +226,36 @@ def train(
     validation.get('unigram_entropy'),
     state.params,
   )
+
+
+def initial_state(
+  run: TrainConfig, model: dict, abstract: TrainState, init: Callable[[], TrainState]
+) -> TrainState:
+  """The state that run.initial_checkpoint gives a new run; its data stream starts afresh.
+
+  Args:
+    model: identity() of the model.
+    abstract: shapes and shardings of the state.
+    init: makes the state of a run from scratch, for what is not taken over.
+
+  Raises:
+    ConfigError: the path is not a checkpoint's, or the checkpoint is of another model.
+    CheckpointError: it is damaged or absent.
+  """
+  directory, _, name = run.initial_checkpoint.rstrip('/').rpartition('/')
+  prefix, _, step = name.rpartition('_')
+  if prefix != 'checkpoint' or not step.isdigit():
+    raise ConfigError(
+      f'initial_checkpoint={run.initial_checkpoint!r} must end in checkpoint_STEP, the directory '
+      f'of one checkpoint of a run; --gin.INITIAL_CHECKPOINT sets it.'
+    )
+  source = Checkpointer(directory or '.', 1, model, read_only=True)
+  try:
+    if run.initial_state is InitialState.ALL:
+      return source.restore(int(step), abstract)[0]
+    return init().replace(params=source.restore_params(int(step), abstract.params))
+  finally:
+    source.close()
 
 
 def _loop(

@@ -12,7 +12,7 @@ import optax
 
 from openmoe import partitioning
 from openmoe.config import ModelConfig, OptimizerConfig
-from openmoe.models import OpenMoE
+from openmoe.models import build_model
 from openmoe.optimizer import optimizer_axes
 from openmoe.types import Array, Batch, PyTree
 
@@ -30,10 +30,6 @@ class TrainState:
   step: Array
   params: PyTree
   opt_state: PyTree
-
-
-def build_model(config: ModelConfig) -> nn.Module:
-  return OpenMoE(config)
 
 
 def empty_batch(rows: int, length: int) -> Batch:
@@ -99,6 +95,6 @@ def active_params(config: ModelConfig) -> int:
   names = jax.tree.leaves(axes['decoder'], is_leaf=lambda a: isinstance(a, tuple))
   total = count_params(shapes['decoder_norm'])
   for leaf, axis in zip(blocks, names, strict=True):
-    share = config.moe.num_experts // config.moe.top_k if 'expert' in axis else 1
-    total += math.prod(leaf.shape) // share
+    size = math.prod(leaf.shape)
+    total += size * config.moe.top_k // config.moe.num_experts if 'expert' in axis else size
   return total

@@ -65,7 +65,8 @@ class RouterStats:
   """Losses and observations of one router; stacked over layers they gain a leading l axis.
 
   Attributes:
-    load_balance_loss: float32 scalar, E * sum_e f_e P_e averaged over groups; top_k at balance.
+    load_balance_loss: float32 scalar, E * sum_e f_e P_e averaged over groups; top_k at balance,
+      or 1 with RouterLoss.SUM.
     router_z_loss: float32 scalar, mean of logsumexp(router_logits)^2.
     expert_load_e: float32 [e], share of all routed (token, choice) pairs each expert was chosen
       for, before drops; sums to 1.

@@ -24,6 +24,7 @@ CHAIN = (
   'optimizer',
   'train_state',
   'train_step',
+  'classification',
   'decode',
   'evaluate',
   'plan',

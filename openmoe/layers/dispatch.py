@@ -28,6 +28,21 @@ class SlotMap:
   slot_nk: Array
   row_m: Array
 
+  def by_choice(self) -> SlotMap:
+    """The same map for n * k rows with one choice each: every choice brings a row of its own."""
+    return SlotMap(slot_nk=self.slot_nk.reshape(-1, 1), row_m=self.row_m)
+
+
+def routing_by_choice(routing: Routing) -> Routing:
+  """The routing of n * k tokens with one choice each; slots stay as they were assigned."""
+  split = lambda x_gtk: x_gtk.reshape(x_gtk.shape[0], -1, 1)
+  return Routing(
+    expert_index_gtk=split(routing.expert_index_gtk),
+    combine_weights_gtk=split(routing.combine_weights_gtk),
+    slot_gtk=split(routing.slot_gtk),
+    stats=routing.stats,
+  )
+
 
 def slot_map(slot_nk: Array, num_slots: int) -> SlotMap:
   """Completes a SlotMap from its forward half; only these small integers are ever scattered."""
@@ -86,6 +101,23 @@ def _combine_bwd(residuals, dy_nd):
 
 
 combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+@jax.custom_vjp
+def collect(buffer_md: Array, slots: SlotMap) -> Array:
+  """The buffer row of every choice, [n, k, d], neither weighted nor summed; 0 where dropped."""
+  return _take(buffer_md, slots.slot_nk)
+
+
+def _collect_fwd(buffer_md, slots):
+  return collect(buffer_md, slots), slots
+
+
+def _collect_bwd(slots, drows_nkd):
+  return _take(drows_nkd.reshape(-1, drows_nkd.shape[-1]), slots.row_m), None
+
+
+collect.defvjp(_collect_fwd, _collect_bwd)
 
 
 def capacity_slots(routing: Routing, num_experts: int, capacity: int) -> SlotMap:

@@ -28,19 +28,22 @@ def lookup(table_vd: Array, tokens_bt: Array) -> Array:
 
 
 class Embed(nn.Module):
-  """Unscaled embedding, normal with standard deviation 1, returned in `dtype`."""
+  """Unscaled embedding, normal, returned in `dtype`. `table_vd` is float32, for tied outputs."""
 
   vocab_size: int
   embed_dim: int
   dtype: jnp.dtype
+  init_std: float = 1.0
 
-  @nn.compact
-  def __call__(self, tokens_bt: Array) -> Array:
-    """int32 [b, t] -> [b, t, d]."""
-    table_vd = self.param(
+  def setup(self):
+    init = nn.initializers.normal(self.init_std)
+    self.table_vd = self.param(
       'embedding',
-      nn.with_logical_partitioning(nn.initializers.normal(1.0), ('vocab', 'embed')),
+      nn.with_logical_partitioning(init, ('vocab', 'embed')),
       (self.vocab_size, self.embed_dim),
       jnp.float32,
     )
-    return lookup(table_vd.astype(self.dtype), tokens_bt)
+
+  def __call__(self, tokens_bt: Array) -> Array:
+    """int32 [b, t] -> [b, t, d]."""
+    return lookup(self.table_vd.astype(self.dtype), tokens_bt)

@@ -1,112 +1,196 @@
-"""Grouped matmul: consecutive blocks of rows, each multiplied with its own expert's matrix.
+"""Grouped matmul: rows sorted by expert, each multiplied with its own expert's matrix.
 
-Rows sorted by expert are laid out in segments padded to a multiple of the block, so every block
-has one expert; a loop over the blocks in use does the work and nothing else. `lax.ragged_dot` is
-not used: on CPU and GPU it expands to all experts for every row, and on TPU its weight gradient
-does (docs/LOG.md).
+This file lays rows out in segments of one expert, and is the one place that chooses the kernel for
+the backend and the shapes; gradients are written by hand here, once for all kernels.
+`lax.ragged_dot` is not used: on CPU and GPU it expands to all experts for every row, and on TPU its
+weight gradient does (docs/LOG.md).
 """
 
 from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from openmoe import partitioning
+from openmoe.layers import grouped_blocked, grouped_gpu, grouped_tpu
 from openmoe.layers.dispatch import SlotMap, sorted_slots
 from openmoe.types import Array
 
-BLOCK_SIZES = (128, 64, 32, 16, 8)
+
+class Kernel(enum.Enum):
+  """Who multiplies. All give the same numbers to rounding."""
+
+  BLOCKED = 'blocked'  # loops over chunks of rows: CPU
+  MEGABLOX = 'megablox'  # the Pallas kernels that ship with jax: TPU; unmeasured
+  MOSAIC_GPU = 'mosaic_gpu'  # the Pallas kernels that ship with jax: Hopper GPUs; unmeasured
+  PADDED = 'padded'  # batched matmuls over padded experts: other GPUs and shapes; unmeasured
+
+  @property
+  def untyped(self) -> bool:
+    """Whether it must run in partitioning.per_shard(typed=False)."""
+    return self in (Kernel.MEGABLOX, Kernel.MOSAIC_GPU)
 
 
 @flax.struct.dataclass
-class Blocks:
-  """Which expert each block of rows belongs to.
+class Segments:
+  """Where the rows of each expert lie.
 
   Attributes:
-    expert_b: int32 expert of each block; only the first num_used mean anything.
-    num_used: int32 scalar.
-    size: rows per block.
+    start_e: int32 first row of each expert's segment; segments are in order and do not overlap.
+    rows_e: int32 rows of each segment, padding included.
+    parts: the same segments in chunks, for Kernel.BLOCKED.
+    kernel: who multiplies.
   """
 
-  expert_b: Array
-  num_used: Array
-  size: int = flax.struct.field(pytree_node=False)
+  start_e: Array
+  rows_e: Array
+  parts: tuple[grouped_blocked.Chunks, ...]
+  kernel: Kernel = flax.struct.field(pytree_node=False)
+
+  def expert_of_rows(self, rows: int) -> Array:
+    """int32 [m] expert of each row; rows behind the last segment get the last expert."""
+    ends_e = self.start_e + self.rows_e
+    expert_m = jnp.searchsorted(ends_e, jnp.arange(rows, dtype=jnp.int32), side='right')
+    return jnp.minimum(expert_m, ends_e.size - 1)
 
 
-def block_size(rows: int, num_experts: int) -> int:
-  """Largest block that leaves an average expert at least two, so padding stays near 25 %."""
-  fits = [size for size in BLOCK_SIZES if size * 2 * num_experts <= rows]
-  return fits[0] if fits else BLOCK_SIZES[-1]
+def choose_kernel(dtype: jnp.dtype, *sides: int) -> Kernel:
+  """The kernel for this backend, for experts whose matrices have these sides.
+
+  >>> choose_kernel(jnp.float32, 512, 1024) if jax.default_backend() == 'cpu' else Kernel.BLOCKED
+  <Kernel.BLOCKED: 'blocked'>
+  """
+  match jax.default_backend():
+    case 'tpu':
+      return Kernel.MEGABLOX
+    case 'gpu' | 'cuda' | 'rocm':
+      return Kernel.MOSAIC_GPU if grouped_gpu.supports(dtype, sides) else Kernel.PADDED
+    case _:
+      return Kernel.BLOCKED
 
 
-def block_layout(expert_nk: Array, num_experts: int) -> tuple[SlotMap, Blocks]:
-  """Places every routed row into blocks of one expert each; nothing is dropped.
+def block_layout(
+  expert_nk: Array, num_experts: int, kernel: Kernel = Kernel.BLOCKED
+) -> tuple[SlotMap, Segments]:
+  """Places every routed row into its expert's segment; nothing is dropped.
 
   Args:
     expert_nk: int32; num_experts marks a row that is not routed.
   """
-  size = block_size(expert_nk.size, num_experts)
-  # Every expert wastes less than one block, whatever the distribution.
-  num_blocks = expert_nk.size // size + num_experts
+  rows, blocked = expert_nk.size, kernel is Kernel.BLOCKED
+  align = grouped_blocked.alignment(rows, num_experts) if blocked else 1
+  # Every expert wastes less than one alignment; the kernels of accelerators want whole tiles.
+  unit = align if blocked else grouped_tpu.TILE_ROWS
+  num_slots = -(-(rows + num_experts * (align - 1)) // unit) * unit
   counts_e = jnp.bincount(expert_nk.reshape(-1), length=num_experts + 1)[:num_experts]
-  blocks_e = -(-counts_e // size)
-  ends_e = jnp.cumsum(blocks_e)
-  start_e = ((ends_e - blocks_e) * size).astype(jnp.int32)
-  slots = sorted_slots(expert_nk, num_experts, start_e, num_blocks * size)
-  expert_b = jnp.searchsorted(ends_e, jnp.arange(num_blocks), side='right')
-  expert_b = jnp.minimum(expert_b, num_experts - 1).astype(jnp.int32)
-  return slots, Blocks(expert_b=expert_b, num_used=ends_e[-1].astype(jnp.int32), size=size)
+  rows_e = (-(-counts_e // align) * align).astype(jnp.int32)
+  start_e = (jnp.cumsum(rows_e) - rows_e).astype(jnp.int32)
+  slots = sorted_slots(expert_nk, num_experts, start_e, num_slots)
+  parts = ()
+  if blocked:
+    sizes = grouped_blocked.ladder(rows, num_experts)
+    parts = tuple(grouped_blocked.chunks(start_e, rows_e, sizes, num_slots))
+  return slots, Segments(start_e, rows_e, parts, kernel)
 
 
-def _matmul(lhs_mi: Array, rhs_eio: Array, blocks: Blocks, transpose: bool) -> Array:
-  """lhs block times its expert's matrix (transposed: rhs is [e, o, i]); [m, i] -> [m, o]."""
-  out_dim = rhs_eio.shape[1] if transpose else rhs_eio.shape[2]
-  contract = ((1,), (1,)) if transpose else ((1,), (0,))
+def _matmul(lhs_mi: Array, rhs_eio: Array, segments: Segments, transpose: bool) -> Array:
+  match segments.kernel:
+    case Kernel.BLOCKED:
+      return grouped_blocked.matmul(lhs_mi, rhs_eio, segments.parts, transpose)
+    case Kernel.MEGABLOX:
+      return grouped_tpu.matmul(lhs_mi, rhs_eio, segments.rows_e, transpose)
+    case Kernel.MOSAIC_GPU:
+      return grouped_gpu.matmul(lhs_mi, rhs_eio, segments.rows_e, transpose)
+    case Kernel.PADDED:
+      return grouped_gpu.padded_matmul(
+        lhs_mi, rhs_eio, segments.start_e, segments.rows_e, transpose
+      )
 
-  def body(b, out_mo):
-    lhs = jax.lax.dynamic_slice_in_dim(lhs_mi, b * blocks.size, blocks.size)
-    rhs = jax.lax.dynamic_index_in_dim(rhs_eio, blocks.expert_b[b], keepdims=False)
-    out = jax.lax.dot_general(lhs, rhs, (contract, ((), ())))
-    return jax.lax.dynamic_update_slice_in_dim(out_mo, out, b * blocks.size, 0)
 
-  out_mo = partitioning.varying(jnp.zeros((lhs_mi.shape[0], out_dim), lhs_mi.dtype))
-  return jax.lax.fori_loop(0, blocks.num_used, body, out_mo)
-
-
-def _transposed_matmul(lhs_mi: Array, dout_mo: Array, blocks: Blocks, num_experts: int) -> Array:
-  """Per expert the sum over its blocks of lhs^T dout, float32 [e, i, o]; 0 for unused experts."""
-
-  def body(b, drhs_eio):
-    lhs = jax.lax.dynamic_slice_in_dim(lhs_mi, b * blocks.size, blocks.size)
-    dout = jax.lax.dynamic_slice_in_dim(dout_mo, b * blocks.size, blocks.size)
-    part = jax.lax.dot_general(
-      lhs, dout, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    expert = blocks.expert_b[b]
-    old = jax.lax.dynamic_index_in_dim(drhs_eio, expert, keepdims=False)
-    return jax.lax.dynamic_update_index_in_dim(drhs_eio, old + part, expert, 0)
-
-  shape = (num_experts, lhs_mi.shape[1], dout_mo.shape[1])
-  drhs_eio = partitioning.varying(jnp.zeros(shape, jnp.float32))
-  return jax.lax.fori_loop(0, blocks.num_used, body, drhs_eio)
+def _transposed_matmul(lhs_mi: Array, dout_mo: Array, segments: Segments) -> Array:
+  """Per expert the sum over its rows of lhs^T dout, [e, i, o]; 0 for experts without rows."""
+  start_e, rows_e = segments.start_e, segments.rows_e
+  match segments.kernel:
+    case Kernel.BLOCKED:
+      return grouped_blocked.transposed_matmul(lhs_mi, dout_mo, segments.parts, rows_e.size)
+    case Kernel.MEGABLOX:
+      return grouped_tpu.transposed_matmul(lhs_mi, dout_mo, rows_e)
+    case Kernel.MOSAIC_GPU:
+      return grouped_gpu.transposed_matmul(lhs_mi, dout_mo, rows_e)
+    case Kernel.PADDED:
+      return grouped_gpu.padded_transposed_matmul(lhs_mi, dout_mo, start_e, rows_e)
 
 
 @jax.custom_vjp
-def grouped_matmul(lhs_mi: Array, rhs_eio: Array, blocks: Blocks) -> Array:
-  """[m, i] x [e, i, o] -> [m, o] in lhs's dtype; rows of unused blocks are zero."""
-  return _matmul(lhs_mi, rhs_eio, blocks, transpose=False)
+def grouped_matmul(lhs_mi: Array, rhs_eio: Array, segments: Segments) -> Array:
+  """[m, i] x [e, i, o] -> [m, o] in lhs's dtype; rows outside the segments are zero."""
+  return _matmul(lhs_mi, rhs_eio, segments, transpose=False)
 
 
-def _grouped_fwd(lhs_mi, rhs_eio, blocks):
-  return grouped_matmul(lhs_mi, rhs_eio, blocks), (lhs_mi, rhs_eio, blocks)
+def _grouped_fwd(lhs_mi, rhs_eio, segments):
+  return grouped_matmul(lhs_mi, rhs_eio, segments), (lhs_mi, rhs_eio, segments)
 
 
 def _grouped_bwd(residuals, dout_mo):
-  lhs_mi, rhs_eio, blocks = residuals
-  dlhs_mi = _matmul(dout_mo, rhs_eio, blocks, transpose=True)
-  drhs_eio = _transposed_matmul(lhs_mi, dout_mo, blocks, rhs_eio.shape[0])
+  lhs_mi, rhs_eio, segments = residuals
+  dlhs_mi = _matmul(dout_mo, rhs_eio, segments, transpose=True)
+  drhs_eio = _transposed_matmul(lhs_mi, dout_mo, segments)
   return dlhs_mi, drhs_eio.astype(rhs_eio.dtype), None
 
 
 grouped_matmul.defvjp(_grouped_fwd, _grouped_bwd)
+
+
+def grouped_mlp(
+  x_md: Array,
+  wi_0_edp: Array,
+  wi_1_edf: Array | None,
+  wo_efd: Array,
+  keep_ef: Array | None,
+  segments: Segments,
+  activation: Callable,
+) -> Array:
+  """Each row through its expert's gated MLP, [m, d] -> [m, d].
+
+  Args:
+    wi_0_edp: [e, d, 2f], the two halves of the gate side by side.
+    wi_1_edf: None for gates without a linear factor of their own.
+    keep_ef: multiplies the hidden units; has no gradient.
+    activation: (gate [..., 2, f], linear [..., f] or None) -> [..., f].
+  """
+  weights = (wi_0_edp, wi_1_edf, wo_efd, keep_ef)
+  if segments.kernel is Kernel.BLOCKED:
+    return _blocked_mlp(x_md, weights, segments.parts, activation)
+  gate_mp = grouped_matmul(x_md, wi_0_edp, segments)
+  linear_mf = None if wi_1_edf is None else grouped_matmul(x_md, wi_1_edf, segments)
+  h_mf = activation(gate_mp.reshape(x_md.shape[0], 2, -1), linear_mf)
+  if keep_ef is not None:
+    h_mf = h_mf * keep_ef[segments.expert_of_rows(x_md.shape[0])]
+  return grouped_matmul(h_mf, wo_efd, segments)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _blocked_mlp(x_md, weights, parts, activation):
+  return grouped_blocked.mlp(x_md, weights, parts, activation, save=False)
+
+
+def _blocked_mlp_fwd(x_md, weights, parts, activation):
+  out_md, *pre = grouped_blocked.mlp(x_md, weights, parts, activation, save=True)
+  return out_md, (x_md, weights, parts, *pre)
+
+
+def _blocked_mlp_bwd(activation, residuals, dout_md):
+  x_md, weights, parts, gate_mp, linear_mf = residuals
+  dx_md, grads = grouped_blocked.mlp_gradients(
+    x_md, weights, gate_mp, linear_mf, dout_md, parts, activation
+  )
+  cast = lambda g, w: None if w is None else g.astype(w.dtype)
+  dweights = (*map(cast, grads, weights[:3]), None)
+  return dx_md, dweights, None
+
+
+_blocked_mlp.defvjp(_blocked_mlp_fwd, _blocked_mlp_bwd)

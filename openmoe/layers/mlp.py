@@ -1,8 +1,10 @@
-"""The gated MLP of OpenMoE: a cubic gate, kept exactly for checkpoint compatibility."""
+"""Gated MLPs: OpenMoE's with its cubic gate, kept exactly for checkpoint compatibility."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,6 +20,28 @@ def double_swiglu(gate: Array, linear: Array) -> Array:
   'swiglu' and 'linear'). Mending it would orphan every checkpoint.
   """
   return gate[..., 0, :] * nn.silu(gate[..., 1, :]) * linear
+
+
+def swiglu(gate: Array, linear: None = None) -> Array:
+  """silu(a) * b with a, b = gate[..., 0, :], gate[..., 1, :]: plain SwiGLU, as JetMoE has it."""
+  assert linear is None, 'SwiGLU has no third factor'
+  return nn.silu(gate[..., 0, :]) * gate[..., 1, :]
+
+
+class Gating(NamedTuple):
+  """A gated MLP's hidden layer.
+
+  Attributes:
+    activation: (gate [..., 2, f], linear [..., f] or None) -> [..., f].
+    has_linear: whether there is a kernel wi_1 for the linear factor.
+  """
+
+  activation: Callable[[Array, Array | None], Array]
+  has_linear: bool
+
+
+DOUBLE_SWIGLU = Gating(double_swiglu, has_linear=True)
+SWIGLU = Gating(swiglu, has_linear=False)
 
 
 class Kernel(nn.Module):

@@ -1,14 +1,9 @@
-"""The sparse layer: router decides, dispatcher moves, experts compute.
-
-Everything between the router and the combined output runs once per device (partitioning.
-per_shard): a device fills buffers from its own tokens, exchanges them with the devices of its
-expert axis (all-to-all), runs its own experts, and sends the outputs back. Every model shard moves
-only its slice of the embedding.
-"""
+"""The sparse layer: router decides, dispatcher moves (transport.py), experts compute."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import flax.struct
@@ -16,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from openmoe import partitioning
-from openmoe.config import ConfigError, Dispatch, MoEConfig
-from openmoe.layers import dispatch as dispatching
-from openmoe.layers.grouped import Blocks, block_layout, grouped_matmul
-from openmoe.layers.mlp import Kernel, double_swiglu
+from openmoe.config import ConfigError, MoEConfig
+from openmoe.layers.grouped import Segments, choose_kernel, grouped_mlp
+from openmoe.layers.mlp import DOUBLE_SWIGLU, Gating, Kernel
 from openmoe.layers.router import Router
+from openmoe.layers.transport import gathered, scattered, through_experts
 from openmoe.types import Array, RouterStats, Routing
 
 
@@ -30,14 +25,14 @@ class ExpertWeights:
 
   Attributes:
     wi_0_eduf: [e, d, 2, f] double-width gate.
-    wi_1_edf: [e, d, f].
+    wi_1_edf: [e, d, f], or None where the gate is all.
     wo_efd: [e, f, d].
     keep_ef: dropout of the hidden units, scaled by 1 / keep, or None. As in the original an
       expert drops the same units for all of its tokens.
   """
 
   wi_0_eduf: Array
-  wi_1_edf: Array
+  wi_1_edf: Array | None
   wo_efd: Array
   keep_ef: Array | None = None
 
@@ -46,6 +41,7 @@ WEIGHT_AXES = ExpertWeights(
   wi_0_eduf=('expert', None, None, 'expert_mlp'),
   wi_1_edf=('expert', None, 'expert_mlp'),
   wo_efd=('expert', 'expert_mlp', None),
+  keep_ef=('expert', 'expert_mlp'),
 )
 
 
@@ -65,21 +61,39 @@ def resolve_groups(num_tokens: int, group_size: int) -> int:
   return group_size
 
 
+def route_groups(
+  x_btd: Array, valid_bt: Array | None, config: MoEConfig, train: bool
+) -> tuple[Array, Routing, int | None]:
+  """Tokens in routing groups [g, t, d], what the layer's router decides for them, the capacity.
+
+  For use inside a module: makes its submodule `router`.
+  """
+  b, t, d = x_btd.shape
+  size = resolve_groups(b * t, config.group_size)
+  x_gtd = partitioning.shard(x_btd.reshape(-1, size, d), ('act_group', None, 'act_embed'))
+  valid_gt = None if valid_bt is None else valid_bt.reshape(-1, size)
+  routing, capacity = Router(config, name='router')(x_gtd, valid_gt, train)
+  return x_gtd, routing, capacity
+
+
 class Experts(nn.Module):
-  """Holds the stacked expert kernels; each expert is initialised on its own."""
+  """Holds the stacked expert kernels.
+
+  Attributes:
+    kernel_init: out_axis -> initialiser of a stack [e, in, ...out]; each expert on its own.
+    gating: whether there is a wi_1.
+  """
 
   num_experts: int
   mlp_dim: int
   dtype: jnp.dtype
-  init_scale: float
+  kernel_init: Callable[[int | tuple[int, ...]], nn.initializers.Initializer]
   dropout_rate: float
+  gating: Gating
 
   @nn.compact
   def __call__(self, embed_dim: int, train: bool) -> ExpertWeights:
     e, d, f = self.num_experts, embed_dim, self.mlp_dim
-    init = functools.partial(
-      nn.initializers.variance_scaling, self.init_scale, 'fan_in', 'normal', 1, batch_axis=0
-    )
     kernel = lambda name, *args: Kernel(*args, name=name)().astype(self.dtype)
     gate_axes = ('expert', 'embed', 'gate', 'expert_mlp')
     linear_axes, out_axes = ('expert', 'embed', 'expert_mlp'), ('expert', 'expert_mlp', 'embed')
@@ -87,120 +101,65 @@ class Experts(nn.Module):
     if train and self.dropout_rate > 0:
       keep = jax.random.bernoulli(self.make_rng('dropout'), 1 - self.dropout_rate, (e, f))
       keep_ef = keep.astype(self.dtype) / (1 - self.dropout_rate)
-    return ExpertWeights(
-      wi_0_eduf=kernel('wi_0', (e, d, 2, f), gate_axes, init(out_axis=(2, 3))),
-      wi_1_edf=kernel('wi_1', (e, d, f), linear_axes, init(out_axis=2)),
-      wo_efd=kernel('wo', (e, f, d), out_axes, init(out_axis=2)),
-      keep_ef=keep_ef,
-    )
+    wi_0_eduf = kernel('wi_0', (e, d, 2, f), gate_axes, self.kernel_init((2, 3)))
+    wi_1_edf = None
+    if self.gating.has_linear:
+      wi_1_edf = kernel('wi_1', (e, d, f), linear_axes, self.kernel_init(2))
+    wo_efd = kernel('wo', (e, f, d), out_axes, self.kernel_init(2))
+    return ExpertWeights(wi_0_eduf, wi_1_edf, wo_efd, keep_ef)
 
 
-def _experts_on_buffers(buffer_erd: Array, weights: ExpertWeights) -> Array:
+def _kernel_init(scale: float, std: float | None) -> Callable:
+  """For Experts.kernel_init; see MoeLayer."""
+  if std is not None:
+    return lambda out_axis: nn.initializers.normal(std)
+  return lambda out_axis: nn.initializers.variance_scaling(
+    scale, 'fan_in', 'normal', in_axis=1, out_axis=out_axis, batch_axis=0
+  )
+
+
+def _experts_on_buffers(buffer_erd: Array, weights: ExpertWeights, gating: Gating) -> Array:
   """Each expert's MLP on its own buffer, [e, r, d] -> [e, r, d]."""
   gate_eruf = jnp.einsum('erd,eduf->eruf', buffer_erd, weights.wi_0_eduf)
-  h_erf = double_swiglu(gate_eruf, jnp.einsum('erd,edf->erf', buffer_erd, weights.wi_1_edf))
+  linear_erf = None
+  if weights.wi_1_edf is not None:
+    linear_erf = jnp.einsum('erd,edf->erf', buffer_erd, weights.wi_1_edf)
+  h_erf = gating.activation(gate_eruf, linear_erf)
   if weights.keep_ef is not None:
     h_erf = h_erf * weights.keep_ef[:, None]
   return jnp.einsum('erf,efd->erd', h_erf, weights.wo_efd)
 
 
-def _experts_on_blocks(rows_md: Array, weights: ExpertWeights, blocks: Blocks) -> Array:
-  """Each block's expert MLP on the block's rows, [m, d] -> [m, d]."""
-  e, d, _, f = weights.wi_0_eduf.shape
-  gate_muf = grouped_matmul(rows_md, weights.wi_0_eduf.reshape(e, d, 2 * f), blocks)
-  gate_muf = gate_muf.reshape(-1, 2, f)
-  h_mf = double_swiglu(gate_muf, grouped_matmul(rows_md, weights.wi_1_edf, blocks))
-  if weights.keep_ef is not None:
-    h_mf = h_mf * weights.keep_ef[jnp.repeat(blocks.expert_b, blocks.size)]
-  return grouped_matmul(h_mf, weights.wo_efd, blocks)
-
-
-def _with_capacity(
-  x_gtd: Array, routing: Routing, weights: ExpertWeights, config: MoEConfig, capacity: int
+def _experts(
+  weights: ExpertWeights, rows: Array, segments: Segments | None, *, gating: Gating
 ) -> Array:
-  """One device's tokens through capacity buffers, float32 [g, t, d / model]."""
-  g, t, d = x_gtd.shape
-  e = config.num_experts
-  if config.dispatch is Dispatch.MASK:
-    mask_gtec, weights_gtec = dispatching.capacity_masks(routing, e, capacity)
-    buffer_erd = dispatching.mask_dispatch(x_gtd, mask_gtec)
-  else:
-    slots = dispatching.capacity_slots(routing, e, capacity)
-    buffer_erd = dispatching.dispatch(x_gtd.reshape(g * t, d), slots).reshape(e, g * capacity, d)
-
-  buffer_erd = partitioning.exchange(buffer_erd, 'expert', split_dim=0, concat_dim=1)
-  buffer_erd = partitioning.gather(buffer_erd, 'act_embed_slice', dim=2)
-  buffer_erd = _experts_on_buffers(buffer_erd, weights)
-  buffer_erd = partitioning.reduce_scatter(buffer_erd, 'act_embed_slice', dim=2)
-  buffer_erd = partitioning.exchange(buffer_erd, 'expert', split_dim=1, concat_dim=0)
-
-  if config.dispatch is Dispatch.MASK:
-    return dispatching.mask_combine(buffer_erd, weights_gtec)
-  weights_nk = routing.combine_weights_gtk.reshape(g * t, -1)
-  return dispatching.combine(buffer_erd.reshape(-1, d), weights_nk, slots).reshape(g, t, d)
-
-
-def _dropless(x_gtd: Array, routing: Routing, weights: ExpertWeights, config: MoEConfig) -> Array:
-  """One device's tokens, sorted by expert; nothing is dropped. float32 [g, t, d / model]."""
-  g, t, d = x_gtd.shape
-  e, k = config.num_experts, config.top_k
-  routed_gtk = routing.slot_gtk >= 0
-  expert_nk = jnp.where(routed_gtk, routing.expert_index_gtk, e).reshape(g * t, k)
-  weights_nk = routing.combine_weights_gtk.reshape(g * t, k)
-  x_nd = x_gtd.reshape(g * t, d)
-
-  def compute(rows_md: Array, blocks: Blocks) -> Array:
-    rows_md = partitioning.gather(rows_md, 'act_embed_slice', dim=1)
-    rows_md = _experts_on_blocks(rows_md, weights, blocks)
-    return partitioning.reduce_scatter(rows_md, 'act_embed_slice', dim=1)
-
-  if partitioning.partitions('expert') == 1:
-    slots, blocks = block_layout(expert_nk, e)
-    out_md = compute(dispatching.dispatch(x_nd, slots), blocks)
-    return dispatching.combine(out_md, weights_nk, slots).reshape(g, t, d)
-
-  rows_rd, slots, counts_me = _sort_for_exchange(x_nd, expert_nk, e)
-  local_e = e // counts_me.shape[0]
-  sizes_mm = counts_me.reshape(counts_me.shape[0], -1, local_e).sum(axis=-1)
-  # A token has min(k, local_e) choices at most on one device: the bound when all go to one.
-  max_rows = sizes_mm.shape[0] * x_nd.shape[0] * min(k, local_e)
-  arrived_rd = partitioning.exchange_rows(rows_rd, sizes_mm, max_rows, 'expert')
-  arrived_slots, blocks = block_layout(_arrived_experts(counts_me, local_e, max_rows), local_e)
-  out_md = compute(dispatching.dispatch(arrived_rd, arrived_slots), blocks)
-  # Going home is a combine of one choice with weight 1.
-  ones = partitioning.varying(jnp.ones((max_rows, 1), jnp.float32))
-  out_rd = dispatching.combine(out_md, ones, arrived_slots).astype(x_gtd.dtype)
-  home_rd = partitioning.exchange_rows(out_rd, sizes_mm.T, rows_rd.shape[0], 'expert')
-  return dispatching.combine(home_rd, weights_nk, slots).reshape(g, t, d)
-
-
-def _sort_for_exchange(x_nd: Array, expert_nk: Array, num_experts: int):
-  """Rows in expert order [n * k, d], their SlotMap, and all devices' counts [m, e]."""
-  counts_e = jnp.bincount(expert_nk.reshape(-1), length=num_experts + 1)[:num_experts]
-  start_e = (jnp.cumsum(counts_e) - counts_e).astype(jnp.int32)
-  slots = dispatching.sorted_slots(expert_nk, num_experts, start_e, expert_nk.size)
-  counts_me = partitioning.gather(counts_e[None], 'expert', dim=0)
-  return dispatching.dispatch(x_nd, slots), slots, counts_me
-
-
-def _arrived_experts(counts_me: Array, local_experts: int, max_rows: int) -> Array:
-  """Local expert of each arrived row [r, 1]: they come by device, then by expert."""
-  first = partitioning.shard_index('expert') * local_experts
-  mine_me = jax.lax.dynamic_slice_in_dim(counts_me, first, local_experts, axis=1)
-  ends = jnp.cumsum(mine_me.reshape(-1))
-  segment_r = jnp.searchsorted(ends, jnp.arange(max_rows), side='right')
-  expert_r = jnp.where(segment_r < ends.size, segment_r % local_experts, local_experts)
-  return expert_r[:, None].astype(jnp.int32)
+  """One device's experts on what was routed to them; see transport.through_experts."""
+  rows = gathered(rows)
+  if segments is None:
+    return scattered(_experts_on_buffers(rows, weights, gating))
+  e, d = weights.wi_0_eduf.shape[:2]
+  wi_0_edp = weights.wi_0_eduf.reshape(e, d, -1)
+  rest = (weights.wi_1_edf, weights.wo_efd, weights.keep_ef)
+  return scattered(grouped_mlp(rows, wi_0_edp, *rest, segments, gating.activation))
 
 
 class MoeLayer(nn.Module):
-  """Mixture of gated MLPs. Dropped tokens get 0: the residual carries them."""
+  """Mixture of gated MLPs. Dropped tokens get 0 (or the bias): the residual carries them.
+
+  Attributes:
+    init_scale: every expert's kernels start with variance init_scale / fan_in.
+    init_std: in place of it, one standard deviation for all kernels.
+    bias: whether one vector, shared by all experts and not gated, is added to every output.
+  """
 
   config: MoEConfig
   mlp_dim: int
   dtype: jnp.dtype
   init_scale: float
   dropout_rate: float = 0.0
+  gating: Gating = DOUBLE_SWIGLU
+  bias: bool = False
+  init_std: float | None = None
 
   @nn.compact
   def __call__(
@@ -211,44 +170,53 @@ class MoeLayer(nn.Module):
     The output is float32 because the float32 combine weights promote it; from here on the
     residual stream of the model is float32 too.
     """
-    b, t, d = x_btd.shape
-    size = resolve_groups(b * t, self.config.group_size)
-    x_gtd = x_btd.reshape(-1, size, d)
-    x_gtd = partitioning.shard(x_gtd, ('act_group', None, 'act_embed'))
-    valid_gt = None if valid_bt is None else valid_bt.reshape(-1, size)
-    routing, capacity = Router(self.config, name='router')(x_gtd, valid_gt, train)
+    x_gtd, routing, capacity = route_groups(x_btd, valid_bt, self.config, train)
     weights = Experts(
       self.config.num_experts,
       self.mlp_dim,
       self.dtype,
-      self.init_scale,
+      _kernel_init(self.init_scale, self.init_std),
       self.dropout_rate,
+      self.gating,
       name='experts',
-    )(d, train)
-    y_gtd = apply_experts(x_gtd.astype(self.dtype), routing, weights, self.config, capacity)
-    return y_gtd.reshape(b, t, d), routing.stats
+    )(x_btd.shape[-1], train)
+    y_gtd = apply_experts(
+      x_gtd.astype(self.dtype), routing, weights, self.config, capacity, self.gating
+    )
+    y_btd = y_gtd.reshape(x_btd.shape)
+    if self.bias:
+      y_btd += output_bias(self, x_btd.shape[-1])
+    return y_btd, routing.stats
+
+
+def output_bias(module: nn.Module, embed_dim: int) -> Array:
+  """float32 parameter `bias` [d] of a module, 0 at first."""
+  init = nn.with_logical_partitioning(nn.initializers.zeros, ('embed',))
+  return module.param('bias', init, (embed_dim,), jnp.float32)
 
 
 def apply_experts(
-  x_gtd: Array, routing: Routing, weights: ExpertWeights, config: MoEConfig, capacity: int | None
+  x_gtd: Array,
+  routing: Routing,
+  weights: ExpertWeights,
+  config: MoEConfig,
+  capacity: int | None,
+  gating: Gating = DOUBLE_SWIGLU,
 ) -> Array:
   """Moves tokens to their experts and back, float32 [g, t, d]; per device under a mesh."""
+  # Every model shard moves only its slice of the embedding.
   act_axes = ('act_group', None, 'act_embed_slice')
-  routing_axes = Routing(*(('act_group', None, None),) * 3, stats=None)
-  keep_axes = None if weights.keep_ef is None else ('expert', 'expert_mlp')
-
-  def local(*pieces):
-    # One cast at the door, so that the hand-written gradients inside see one type of value.
-    x_gtd, routing, weights = jax.tree.map(partitioning.varying, pieces)
-    if config.dispatch is Dispatch.DROPLESS:
-      return _dropless(x_gtd, routing, weights, config)
-    return _with_capacity(x_gtd, routing, weights, config, capacity)
-
-  return partitioning.per_shard(
-    local,
-    (act_axes, routing_axes, WEIGHT_AXES.replace(keep_ef=keep_axes)),
-    act_axes,
+  absent = {n: None for n in ('wi_1_edf', 'keep_ef') if getattr(weights, n) is None}
+  return through_experts(
+    functools.partial(_experts, gating=gating),
     x_gtd,
-    routing.replace(stats=None),
     weights,
+    routing,
+    config,
+    capacity,
+    kernel=choose_kernel(x_gtd.dtype, *weights.wo_efd.shape[1:]),
+    in_axes=act_axes,
+    weight_axes=WEIGHT_AXES.replace(**absent),
+    out_axes=act_axes,
+    combine=True,
   )

@@ -8,7 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from openmoe.config import CapacityConvention, ConfigError, Dispatch, MoEConfig, RouterOrder
+from openmoe.config import (
+  CapacityConvention,
+  ConfigError,
+  Dispatch,
+  MoEConfig,
+  RouterLoss,
+  RouterOrder,
+)
 from openmoe.types import Array, RouterStats, Routing
 
 
@@ -120,7 +127,8 @@ def load_balance_loss(router_probs_gte: Array, chosen_gte: Array, valid_gt: Arra
 
   f_e is the share of tokens that chose e among their top k (not differentiable), P_e the mean
   probability of e. Range [top_k * something above 1/E, E]; top_k at perfect balance, so 2.0 for
-  top-2: the k choices count k times.
+  top-2: the k choices count k times. JetMoE's f is a share of the choices (RouterLoss.SUM): that
+  divides by top_k, and balance is 1.0 (its gate.py).
   """
   num_experts = router_probs_gte.shape[-1]
   f_ge = _mean_over_tokens(chosen_gte, valid_gt)
@@ -171,8 +179,11 @@ def route(
   served = served_gtk.sum().astype(jnp.float32)
   slots = routed if capacity is None else float(e * capacity * slot_gtk.shape[0])
   tokens = slot_gtk.shape[0] * slot_gtk.shape[1]
+  balance = load_balance_loss(probs_gte, chosen_gte, valid_gt)
+  if config.router_loss is RouterLoss.SUM:
+    balance = balance / k  # f as a share of all choices, so that balance is 1 for any k
   stats = RouterStats(
-    load_balance_loss=load_balance_loss(probs_gte, chosen_gte, valid_gt),
+    load_balance_loss=balance,
     router_z_loss=router_z_loss(router_logits_gte, valid_gt),
     expert_load_e=chosen_gte.sum(axis=(0, 1)) / routed,
     dropped_fraction=1.0 - served / routed,
@@ -196,7 +207,9 @@ class Router(nn.Module):
   ) -> tuple[Routing, int | None]:
     """[g, t, d] -> the routing and the capacity it was made for (None: dropless)."""
     cfg = self.config
-    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ('embed', 'router'))
+    init = nn.with_logical_partitioning(
+      nn.initializers.normal(cfg.router_init_std), ('embed', 'router')
+    )
     kernel_de = self.param('kernel', init, (x_gtd.shape[-1], cfg.num_experts), jnp.float32)
     x_gtd = x_gtd.astype(jnp.float32)
     if train and cfg.jitter_noise > 0:

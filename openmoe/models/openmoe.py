@@ -62,6 +62,12 @@ class BlockContext:
   cache_slot_b: Array | None = None
 
 
+def final_norm_epsilon(config: ModelConfig) -> float:
+  """Of the norm after the last block."""
+  given = config.final_norm_epsilon
+  return config.norm_epsilon if given is None else given
+
+
 def token_mask(inputs_bt: Array) -> Array:
   """bool [b, t]: False on padding of the decoder inputs.
 
@@ -152,19 +158,19 @@ class Block(nn.Module):
     return residual(r_btd, y, wide, train), (cache, stats)
 
 
-def _block(config: ModelConfig):
-  """Block with the configured rematerialisation."""
-  match config.remat:
+def rematerialised(module, remat: Remat):
+  """A block class that recomputes in the backward pass what the config says."""
+  match remat:
     case Remat.NONE:
-      return Block
+      return module
     case Remat.DOTS:
       policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     case Remat.FULL:
       policy = None
-  return nn.remat(Block, policy=policy, prevent_cse=False)
+  return nn.remat(module, policy=policy, prevent_cse=False)
 
 
-def _scanned(module, length: int, axis: str, in_axes):
+def scanned(module, length: int, axis: str, in_axes):
   return nn.scan(
     module,
     variable_axes={'params': 0},
@@ -185,11 +191,11 @@ class BlockGroup(nn.Module):
 
   @nn.compact
   def __call__(self, r_btd: Array, cache: dict | None, narrow: Array, context: BlockContext):
-    cfg, block = self.config, _block(self.config)
+    cfg, block = self.config, rematerialised(Block, self.config.remat)
     cache = {} if cache is None else cache
     new_cache, stats = {}, None
     if self.num_dense:
-      dense = _scanned(block, self.num_dense, 'layers', (0, nn.broadcast, nn.broadcast))(
+      dense = scanned(block, self.num_dense, 'layers', (0, nn.broadcast, nn.broadcast))(
         cfg, sparse=False, train=self.train, name='dense'
       )
       r_btd, (new_cache['dense'], _) = dense(r_btd, cache.get('dense'), narrow, context)
@@ -248,12 +254,12 @@ class OpenMoE(nn.Module):
     groups, num_dense, sparse = group_shape(cfg)
     if sparse:
       r_btd = r_btd.astype(jnp.promote_types(dtype, jnp.float32))
-    stack = _scanned(BlockGroup, groups, 'groups', (0, 0, nn.broadcast))(
+    stack = scanned(BlockGroup, groups, 'groups', (0, 0, nn.broadcast))(
       cfg, num_dense, sparse, train, name='decoder'
     )
     first_g = jnp.arange(groups) == 0
     r_btd, (new_cache, stats) = stack(r_btd, cache, first_g, context)
-    hidden = dropout(RMSNorm(dtype, cfg.norm_epsilon, name='decoder_norm')(r_btd))
+    hidden = dropout(RMSNorm(dtype, final_norm_epsilon(cfg), name='decoder_norm')(r_btd))
     hidden = hidden * context.token_mask_bt1
     init = nn.initializers.variance_scaling(cfg.init_scale, 'fan_in', 'truncated_normal')
     shape, axes = (cfg.embed_dim, cfg.vocab_size), ('embed', 'vocab')

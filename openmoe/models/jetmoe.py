@@ -1,0 +1,131 @@
+"""The JetMoE decoder: every block a mixture of attention heads, then a mixture of gated MLPs.
+
+Input and output embeddings are one table. Blocks are scanned. A model with one expert is an
+ordinary dense decoder, which is what upcycling starts from.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from openmoe import partitioning
+from openmoe.config import ModelConfig
+from openmoe.layers.attention import KVCache, init_cache
+from openmoe.layers.embed import Embed
+from openmoe.layers.mlp import SWIGLU
+from openmoe.layers.moa import MixtureOfAttention
+from openmoe.layers.moe import MoeLayer
+from openmoe.layers.norm import RMSNorm
+from openmoe.models.openmoe import (
+  ACT,
+  BlockContext,
+  ModelOutput,
+  final_norm_epsilon,
+  rematerialised,
+  scanned,
+)
+from openmoe.types import Array, Batch, RouterStats
+
+
+def packed_mask(segment_ids_bt: Array) -> Array:
+  """bool [b, t, s]: causal, inside one segment, not at padding (segment 0)."""
+  t = segment_ids_bt.shape[1]
+  causal_ts = jnp.tril(jnp.ones((t, t), bool))
+  same_bts = segment_ids_bt[:, :, None] == segment_ids_bt[:, None, :]
+  return causal_ts & same_bts & (segment_ids_bt > 0)[:, None, :]
+
+
+class JetMoEBlock(nn.Module):
+  """Pre-norm block; the residual stream is float32 throughout."""
+
+  config: ModelConfig
+  train: bool
+
+  @nn.compact
+  def __call__(
+    self, r_btd: Array, cache: KVCache | None, context: BlockContext
+  ) -> tuple[Array, tuple[KVCache | None, RouterStats]]:
+    """Residual stream in; stream, and (cache, statistics of both routers [2]) out."""
+    cfg, train, dtype = self.config, self.train, jnp.dtype(self.config.dtype)
+    init = nn.initializers.normal(cfg.init_std)
+    valid_bt = context.token_mask_bt1[..., 0] > 0
+    dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,), deterministic=not train)
+    normed = lambda name: RMSNorm(dtype, cfg.norm_epsilon, name=name)(r_btd)
+
+    attention = MixtureOfAttention(
+      cfg.moe,
+      cfg.num_heads,
+      cfg.head_dim,
+      dtype,
+      init,
+      cfg.rope_theta,
+      cfg.dropout_rate,
+      name='attention',
+    )
+    where = (context.mask_bts, context.positions_bt, train, cache, context.cache_slot_b)
+    y_btd, cache, attention_stats = attention(normed('pre_attention_norm'), valid_bt, *where)
+    r_btd = partitioning.shard(r_btd + dropout(y_btd), ACT)
+
+    moe = MoeLayer(
+      cfg.moe,
+      cfg.mlp_dim,
+      dtype,
+      cfg.init_scale,
+      cfg.dropout_rate,
+      gating=SWIGLU,
+      bias=True,
+      init_std=cfg.init_std,
+      name='moe',
+    )
+    y_btd, mlp_stats = moe(normed('pre_mlp_norm'), valid_bt, train)
+    r_btd = partitioning.shard(r_btd + dropout(y_btd), ACT)
+    stats = jax.tree.map(lambda *pair: jnp.stack(pair), attention_stats, mlp_stats)
+    return r_btd, (cache, stats)
+
+
+class JetMoE(nn.Module):
+  """Decoder-only language model with the interface of openmoe.OpenMoE."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, batch: Batch, train: bool) -> ModelOutput:
+    """Runs packed rows; rotary positions start again with every example."""
+    real_bt1 = (batch.segment_ids > 0)[..., None]
+    context = BlockContext(packed_mask(batch.segment_ids), real_bt1, batch.positions)
+    return self._run(batch.inputs, context, None, train)
+
+  @nn.compact
+  def decode(
+    self, tokens_bt: Array, positions_bt: Array, mask_bts: Array, cache: dict, cache_slot_b: Array
+  ) -> ModelOutput:
+    """Extends cached rows by t tokens; arguments as of OpenMoE.decode."""
+    real_bt1 = (positions_bt >= 0)[..., None]
+    positions = jnp.maximum(positions_bt, 0)
+    context = BlockContext(mask_bts, real_bt1, positions, cache_slot_b)
+    return self._run(tokens_bt, context, cache, train=False)
+
+  def _run(self, tokens_bt, context: BlockContext, cache: dict | None, train: bool) -> ModelOutput:
+    cfg, dtype = self.config, jnp.dtype(self.config.dtype)
+    embed = Embed(cfg.vocab_size, cfg.embed_dim, dtype, cfg.init_std, name='token_embedder')
+    dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,), deterministic=not train)
+    r_btd = partitioning.shard(dropout(embed(tokens_bt)).astype(jnp.float32), ACT)
+    block = rematerialised(JetMoEBlock, cfg.remat)
+    stack = scanned(block, cfg.num_layers, 'layers', (0, nn.broadcast))(cfg, train, name='decoder')
+    kv = None if cache is None else cache['decoder']
+    r_btd, (kv, stats) = stack(r_btd, kv, context)
+    # [layers, 2, ...] -> one row a router, attention before MLP.
+    stats = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stats)
+    hidden = RMSNorm(dtype, final_norm_epsilon(cfg), name='decoder_norm')(r_btd)
+    hidden = hidden * context.token_mask_bt1.astype(dtype)
+    cache = None if cache is None else {'decoder': kv}
+    return ModelOutput(hidden, embed.table_vd.T, stats, cache)
+
+
+def init_decode_cache(config: ModelConfig, batch: int, length: int) -> dict:
+  """Empty caches for `JetMoE.decode`: {'decoder': [l, b, s, n, h]}."""
+  one = init_cache(batch, length, config.num_heads, config.head_dim, jnp.dtype(config.dtype))
+  stack = lambda x: jnp.zeros((config.num_layers, *x.shape), x.dtype)
+  return {'decoder': jax.tree.map(stack, one)}

@@ -1,0 +1,81 @@
+"""Makes a mixture of experts from a dense checkpoint: python -m scripts.upcycle
+
+  python -m scripts.upcycle --gin_file=gin/models/openmoe_tiny.gin \\
+    --dense_checkpoint=runs/dense/checkpoint_400 --output=runs/upcycled [--dense_name=NAME]
+
+The gin file is of the model that comes out; convert/upcycle.py says which dense model it needs and
+why the result computes the same. The largest difference of the logits is printed, and more than
+1e-5 is an error. Train on from the result:
+
+  bash scripts/run_pretrain.sh --gin.INITIAL_CHECKPOINT="'runs/upcycled/checkpoint_0'" \\
+    --gin.INITIAL_STATE="'params'"
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+import gin
+from convert.upcycle import dense_config, logit_difference, upcycle
+from openmoe.checkpoint import Checkpointer, CheckpointError
+from openmoe.config import ConfigError, ModelConfig
+from openmoe.train import identity
+from openmoe.train_state import TrainState, abstract_params
+from scripts import gin_flags
+
+_DENSE = flags.DEFINE_string('dense_checkpoint', None, 'RUN/checkpoint_STEP.', required=True)
+_NAME = flags.DEFINE_string('dense_name', None, 'Its model name, if not that of the gin file.')
+_OUTPUT = flags.DEFINE_string('output', None, 'Run directory to be made.', required=True)
+_SEED = flags.DEFINE_integer('seed', 0, 'Of routers and noise.')
+_NOISE = flags.DEFINE_float('noise', 0.0, "Share of a copied kernel's standard deviation.")
+
+LIMIT = 1e-5
+
+
+def run() -> float:
+  """Reads, upcycles, checks and writes; returns the difference of the logits."""
+  gin_flags.parse()
+  config = gin.get_configurable(ModelConfig)()
+  dense = dense_config(config, _NAME.value)
+  directory, _, name = _DENSE.value.rstrip('/').rpartition('/')
+  step = name.removeprefix('checkpoint_')
+  if not step.isdigit():
+    raise ConfigError(f'--dense_checkpoint={_DENSE.value} must end in checkpoint_STEP.')
+  source = Checkpointer(directory or '.', 1, identity(dense), read_only=True)
+  dense_params = source.restore_params(int(step), abstract_params(dense)[0])
+  source.close()
+  params = jax.tree.map(jnp.asarray, upcycle(dense_params, config, _SEED.value, _NOISE.value))
+  difference = logit_difference(dense_params, params, config)
+  if difference > LIMIT and not _NOISE.value:
+    raise ConfigError(f'The logits differ by {difference:.2e}, more than {LIMIT:g}; not written.')
+  target = Checkpointer(_OUTPUT.value, 1, identity(config))
+  if (there := target.latest_step()) is not None:
+    raise ConfigError(f'--output={_OUTPUT.value} has a checkpoint_{there}; give another place.')
+  state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=())
+  target.save(0, state, {}, {'upcycled_from': _DENSE.value, 'noise': _NOISE.value})
+  target.wait()
+  target.close()
+  return difference
+
+
+def main(argv: list[str]) -> int:
+  if len(argv) > 1:
+    raise app.UsageError(f'Unknown arguments: {argv[1:]}')
+  try:
+    difference = run()
+  except (ConfigError, CheckpointError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 64
+  print(f'{_OUTPUT.value}/checkpoint_0: largest difference of the logits {difference:.2e}')
+  return 0
+
+
+if __name__ == '__main__':
+  app.run(main, argv=gin_flags.rewrite(sys.argv))
