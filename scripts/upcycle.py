@@ -18,11 +18,11 @@ import sys
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
+import gin
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-import gin
 from convert.upcycle import dense_config, logit_difference, upcycle
 from openmoe.checkpoint import Checkpointer, CheckpointError
 from openmoe.config import ConfigError, ModelConfig

@@ -4,13 +4,13 @@ import dataclasses
 import pathlib
 
 import flax.linen as nn
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-import gin
 from openmoe import partitioning
 from openmoe.classification import classification_step
 from openmoe.config import ConfigError, MeshConfig, ModelConfig, MoEConfig
