@@ -38,7 +38,8 @@ Next:
   tensorboard --logdir {run.model_dir}/tensorboard
   OBJECTIVE=full_lm MODEL_DIR={run.model_dir}_full_lm bash scripts/run_pretrain.sh
   bash scripts/run_pretrain.sh --gin.TRAIN_STEPS={2 * result.step}
-  MODEL=openmoe_8b bash scripts/run_pretrain.sh --dry_run --dry_run_devices=256"""
+  MODEL=openmoe_8b EXPERIMENT=openmoe_8b_stage1 bash scripts/run_pretrain.sh \\
+    --dry_run --dry_run_devices=256"""
   )
 
 
