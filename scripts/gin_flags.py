@@ -109,7 +109,7 @@ def required(texts: Sequence[str] | None = None) -> list[str]:
   texts = [_find(n, [pathlib.Path.cwd(), ROOT]).read_text() for n in _FILES.value]
   bound = '\n'.join([*texts, *_BINDINGS.value])
   wanted = re.findall(r'^([A-Z_0-9]+)\s*=\s*%gin\.REQUIRED', bound, re.MULTILINE)
-  given = re.findall(r'^([A-Z_0-9]+)\s*=\s*(?!%gin\.REQUIRED)', bound, re.MULTILINE)
+  given = re.findall(r'^([A-Z_0-9]+)\s*=(?!\s*%gin\.REQUIRED)', bound, re.MULTILINE)
   return [name for name in dict.fromkeys(wanted) if name not in given]
 
 
