@@ -94,7 +94,12 @@ def parse() -> None:
   paths = [_find(name, places) for name in _FILES.value]
   for place in places:
     gin.add_config_file_search_path(os.fspath(place))
-  _check_macros([path.read_text() for path in paths], _BINDINGS.value)
+  texts = [path.read_text() for path in paths]
+  _check_macros(texts, _BINDINGS.value)
+  missing = _required([*texts, *_BINDINGS.value])
+  if missing:
+    given = ' '.join(f'--gin.{name}=VALUE' for name in missing)
+    raise ConfigError(f'{", ".join(missing)} must be set: add {given} or a gin/experiments file.')
   try:
     for path in paths:
       gin.parse_config_file(os.fspath(path))
@@ -104,10 +109,9 @@ def parse() -> None:
     raise explain(error) from error
 
 
-def required(texts: Sequence[str] | None = None) -> list[str]:
-  """Macros that a run declares required and nothing has set."""
-  texts = [_find(n, [pathlib.Path.cwd(), ROOT]).read_text() for n in _FILES.value]
-  bound = '\n'.join([*texts, *_BINDINGS.value])
+def _required(texts: Sequence[str]) -> list[str]:
+  """Macros that are declared required and that nothing sets."""
+  bound = '\n'.join(texts)
   wanted = re.findall(r'^([A-Z_0-9]+)\s*=\s*%gin\.REQUIRED', bound, re.MULTILINE)
   given = re.findall(r'^([A-Z_0-9]+)\s*=(?!\s*%gin\.REQUIRED)', bound, re.MULTILINE)
   return [name for name in dict.fromkeys(wanted) if name not in given]

@@ -45,10 +45,6 @@ _INDEX = flags.DEFINE_integer('process_index', None, 'Number of this process.')
 
 def configure() -> dict:
   """Arguments of openmoe.train.train from the gin flags, all validated."""
-  missing = gin_flags.required()
-  if missing:
-    given = ' '.join(f'--gin.{name}=VALUE' for name in missing)
-    raise ConfigError(f'{", ".join(missing)} must be set: add {given} or a gin/experiments file.')
   gin_flags.parse()
   if _TFDS.value:
     _use_tfds_dir(_TFDS.value)
