@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import seqio
 
@@ -59,7 +61,8 @@ def test_missing_data_and_vocabulary_are_named(tmp_path, monkeypatch):
 
 
 def test_a_missing_data_set_is_named(tmp_path):
-  source = seqio.TaskRegistry.get('redpajama_book_full_lm').source
+  # A copy: seqio's loaders remember the directory they were first used with.
+  source = copy.deepcopy(seqio.TaskRegistry.get('redpajama_book_full_lm').source)
   seqio.set_tfds_data_dir_override(str(tmp_path))
   try:
     with pytest.raises(
