@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import seqio
 from rich.console import Console
@@ -63,5 +65,7 @@ def _continuations(
   for text, new in zip(
     prompts, generate(params, model, ids, max_new_tokens, eos_id=eos), strict=True
   ):
-    console.print(Text(text, style='bold'), Text(vocabulary.decode(new), style='cyan'), sep='')
+    # A young model likes line breaks: more than two in a row say nothing.
+    continuation = re.sub(r'\n\s*\n+', '\n\n', vocabulary.decode(new)).rstrip()
+    console.print(Text(text, style='bold'), Text(continuation, style='cyan'), sep='')
     console.print(Text('---', style='dim'))
