@@ -6,14 +6,16 @@ spans processes, several read the same shard, and only the first of them saves i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 
 from openmoe.config import ConfigError, DataConfig
-from openmoe.data.stream import ShardedStream, evaluation_batches
+from openmoe.data.stages import StagedStream
+from openmoe.data.stream import evaluation_batches
 from openmoe.partitioning import batch_sharding
+from openmoe.programme import Programme
 from openmoe.types import Array, Batch
 
 
@@ -51,13 +53,19 @@ class Feed:
     last: the local numpy rows of the newest batch, for error reports.
   """
 
-  def __init__(self, mesh: jax.sharding.Mesh, config: DataConfig):
-    owners, me = shard_owners(mesh, config), jax.process_index()
-    self._mesh, self._config = mesh, config
-    self._shards = [shard for shard, processes in owners.items() if me in processes]
-    self._saves = [shard for shard in self._shards if owners[shard][0] == me]
-    self._stream = ShardedStream(config, self._shards)
+  def __init__(self, mesh: jax.sharding.Mesh, programme: Programme, step: int = 0):
+    """Opens the stage of global step `step`, whose data begin there unless restore() follows."""
+    self._mesh = mesh
+    self._owners: tuple[DataConfig, dict[int, list[int]]] | None = None
+    self._stream = StagedStream(programme, self._shards, step)
     self.last: Batch | None = None
+
+  def _shards(self, config: DataConfig) -> list[int]:
+    """Logical shards that this process reads."""
+    if self._owners is None or self._owners[0] is not config:
+      self._owners = config, shard_owners(self._mesh, config)  # once a stage
+    me = jax.process_index()
+    return [shard for shard, processes in self._owners[1].items() if me in processes]
 
   def __enter__(self) -> Feed:
     return self
@@ -66,22 +74,25 @@ class Feed:
     self._stream.close()
 
   def __iter__(self) -> Iterator[Batch]:
+    """Starts reading ahead; compile while it does."""
+    iter(self._stream)
     return self
 
   def __next__(self) -> Batch:
     self.last = next(self._stream)
-    return place(self._mesh, self._config, self._shards, self.last)
+    config = self._stream.data
+    return place(self._mesh, config, self._shards(config), self.last)
 
   def state(self) -> dict[str, bytes]:
     """Stream positions that this process saves, by shard."""
-    entries = self._stream.state()
+    shards, entries = self._shards(self._stream.data), self._stream.state()
     return {
       name: entries[name]
-      for name, shard in zip(entries, self._shards, strict=True)
-      if shard in self._saves
+      for name, shard in zip(entries, shards, strict=True)
+      if self._owners[1][shard][0] == jax.process_index()
     }
 
-  def restore(self, entries: dict[str, bytes]) -> None:
+  def restore(self, entries: Mapping[str, bytes]) -> None:
     self._stream.restore(entries)
 
 

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self, TextIO
 
@@ -226,9 +226,9 @@ class MetricsWriter:
     model_dir: run directory, local or gs://; made if need be.
     start_step: step that the run starts or resumes from; records after it are dropped.
     total_steps: steps of the whole run, for the estimated time left.
-    tokens_per_step: tokens of one global batch, padding included, for tokens per second.
-    flops_per_step: model FLOPs of one optimizer step on the global batch (no recomputation, no
-      capacity padding), for model FLOP/s and, where the device's peak is known, MFU.
+    tokens_before: step -> tokens of all batches before it, padding included, for tokens per second.
+    flops_before: step -> model FLOPs of all steps before it (no recomputation, no capacity
+      padding), for model FLOP/s and, where the device's peak is known, MFU.
     sparse_layers: indices of the sparse layers, to label them.
     stream: where progress is shown; None is standard output. A terminal gets the live display.
   """
@@ -239,8 +239,8 @@ class MetricsWriter:
     start_step: int,
     total_steps: int,
     *,
-    tokens_per_step: int = 0,
-    flops_per_step: float | None = None,
+    tokens_before: Callable[[int], float] | None = None,
+    flops_before: Callable[[int], float] | None = None,
     sparse_layers: tuple[int, ...] = (),
     stream: TextIO | None = None,
   ):
@@ -250,8 +250,8 @@ class MetricsWriter:
     directory = epath.Path(model_dir)
     directory.mkdir(parents=True, exist_ok=True)
     self._directory = directory
-    self._tokens_per_step = tokens_per_step
-    self._flops_per_step = flops_per_step
+    self._tokens_before = tokens_before
+    self._flops_before = flops_before
     peak = peak_flops(jax.devices()[0].device_kind)
     self._peak = peak * jax.device_count() if peak else None
     self._records = _Records(directory, start_step)
@@ -287,17 +287,19 @@ class MetricsWriter:
     self._show(step, scalars, kind)
 
   def _speed(self, step: int) -> dict[str, float]:
+    last = self._clock.step
     speed = self._clock.lap(step, time.monotonic())
-    scalars = {'tokens_seen': float(step * self._tokens_per_step)} if self._tokens_per_step else {}
+    scalars = {'tokens_seen': float(self._tokens_before(step))} if self._tokens_before else {}
     if speed is None:
       return scalars
+    a_step = lambda total: (total(step) - total(last)) / (step - last)  # batches may differ in size
     scalars['steps_per_second'] = speed
-    if self._tokens_per_step:
-      scalars['tokens_per_second'] = speed * self._tokens_per_step
-    if self._flops_per_step:
-      scalars['model_flops_per_second'] = speed * self._flops_per_step
+    if self._tokens_before:
+      scalars['tokens_per_second'] = speed * a_step(self._tokens_before)
+    if self._flops_before:
+      scalars['model_flops_per_second'] = speed * a_step(self._flops_before)
       if self._peak:
-        scalars['mfu'] = speed * self._flops_per_step / self._peak
+        scalars['mfu'] = scalars['model_flops_per_second'] / self._peak
     return scalars
 
   def _write_events(self, step: int, scalars: Mapping[str, float], kind: str) -> None:

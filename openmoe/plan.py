@@ -10,7 +10,8 @@ import jax
 
 from openmoe import partitioning
 from openmoe.config import Architecture, Dispatch, MeshConfig, ModelConfig, OptimizerConfig
-from openmoe.optimizer import make_optimizer
+from openmoe.optimizer import learning_rate, make_optimizer
+from openmoe.programme import Programme
 from openmoe.train_state import (
   TrainState,
   abstract_params,
@@ -38,6 +39,16 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
     sparse = (config.moe.top_k + 1) * mlp + 2 * d * config.moe.num_experts
     forward += config.num_sparse_layers * sparse
   return 3.0 * forward
+
+
+def flops_before(config: ModelConfig, programme: Programme, step: int) -> float:
+  """Model FLOPs of all batches before global step `step` of a programme."""
+  done = 0.0
+  for stage in programme.stages:
+    steps = min(step, stage.steps)
+    done += steps * stage.tokens_per_step * flops_per_token(config, stage.data.row_length)
+    step -= steps
+  return done
 
 
 def _jetmoe_forward_flops(config: ModelConfig, length: int) -> float:
@@ -94,7 +105,7 @@ def _tree_bytes(tree: PyTree, shardings: PyTree) -> int:
 def abstract_state(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[TrainState, PyTree]:
   """(TrainState of shapes, logical axes of the parameters); nothing is allocated."""
   shapes, axes = abstract_params(model)
-  transform = make_optimizer(optimizer, axes, total_steps=1)
+  transform = make_optimizer(optimizer, axes, learning_rate(optimizer, 1))
   opt_state = jax.eval_shape(transform.init, shapes)
   return TrainState(jax.ShapeDtypeStruct((), 'int32'), shapes, opt_state), axes
 

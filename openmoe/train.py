@@ -32,12 +32,14 @@ from openmoe.config import (
   OptimizerConfig,
   TrainConfig,
 )
+from openmoe.data.stages import format_plan, plan_table
 from openmoe.data.statistics import unigram_entropy
 from openmoe.feed import Feed, evaluation_feed
 from openmoe.metrics import MetricsWriter
 from openmoe.models import build_model
-from openmoe.optimizer import learning_rate, make_optimizer
-from openmoe.plan import abstract_state, flops_per_token
+from openmoe.optimizer import make_optimizer, programme_rate
+from openmoe.plan import abstract_state, flops_before
+from openmoe.programme import Programme, as_programme, check_optimizers
 from openmoe.run_record import write_run_record
 from openmoe.train_state import TrainState, init_state, state_shardings
 from openmoe.train_step import eval_step, train_step
@@ -107,17 +109,20 @@ def identity(model: ModelConfig) -> dict:
 def check(
   run: TrainConfig,
   model: ModelConfig,
-  data: DataConfig,
+  optimizer: OptimizerConfig,
+  programme: Programme,
   eval_data: DataConfig | None,
   mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
 ) -> None:
-  """Refuses what this mesh cannot run.
+  """Refuses what this mesh cannot run, in any stage.
 
   Raises:
     ConfigError: with the numbers, the rule and the remedy.
   """
   partitioning.check_divisible(model, mesh)
-  partitioning.check_batch(model, data, run.num_microbatches, mesh)
+  check_optimizers(programme, optimizer)
+  for stage in programme.stages:
+    partitioning.check_batch(model, stage.data, run.num_microbatches, mesh)
   if eval_data is not None and run.eval_period:
     partitioning.check_batch(model, eval_data, 1, mesh)
 
@@ -126,7 +131,7 @@ def train(
   run: TrainConfig,
   model: ModelConfig,
   optimizer: OptimizerConfig,
-  data: DataConfig,
+  data: DataConfig | Programme,
   eval_data: DataConfig | None = None,
   mesh: MeshConfig = MeshConfig(),
   sources: Sequence[Any] = (),
@@ -138,7 +143,8 @@ def train(
   started again gives the same numbers as one that is not.
 
   Args:
-    run, model, optimizer, data, mesh: see openmoe.config.
+    run, model, optimizer, mesh: see openmoe.config.
+    data: what is trained on: one DataConfig for the whole run, or a Programme of stages.
     eval_data: what is evaluated every run.eval_period steps; None for no evaluation.
     sources: objects whose register() is called first: how a run brings data of its own.
     config_text: the configuration as text, written down in the run directory.
@@ -150,17 +156,20 @@ def train(
   for source in sources:
     source.register()
   device_mesh = partitioning.make_mesh(mesh)
-  check(run, model, data, eval_data, device_mesh)
+  programme = as_programme(data, run.total_steps)
+  check(run, model, optimizer, programme, eval_data, device_mesh)
   abstract, axes = abstract_state(model, optimizer)
   shardings = state_shardings(device_mesh, optimizer, abstract, axes, mesh.fsdp)
   module = build_model(model)
-  transform = make_optimizer(optimizer, axes, run.total_steps)
+  schedule = programme_rate(programme, optimizer, run.total_steps)
+  transform = make_optimizer(optimizer, axes, schedule)
 
   checkpointer = Checkpointer(run.model_dir, run.keep_checkpoints, identity(model))
   start = checkpointer.latest_step()
   if jax.process_index() == 0:
     write_run_record(run.model_dir, config_text, start or 0)
-  with Feed(device_mesh, data) as feed, jax.set_mesh(device_mesh):
+  first = start if start is not None else _initial_step(run)
+  with Feed(device_mesh, programme, first) as feed, jax.set_mesh(device_mesh):
     init = jax.jit(
       functools.partial(init_state, module, transform, run.seed), out_shardings=shardings
     )
@@ -171,13 +180,13 @@ def train(
     )
     if start is not None:
       state, positions, metadata = checkpointer.restore(start, placed)
-      if not _data_changed(run, data, metadata, start):
+      if not _data_changed(run, programme, metadata, start):
         feed.restore(positions)
     elif run.initial_checkpoint:
       state = initial_state(run, identity(model), placed, init)
     else:
       state = init()
-    first = int(state.step)
+    iter(feed)  # reads ahead while the step compiles
 
     evaluate = _evaluator(run, model, module, eval_data, device_mesh)
     step_fn = jax.jit(
@@ -186,29 +195,30 @@ def train(
         model=module,
         config=model,
         optimizer=transform,
-        schedule=learning_rate(optimizer, run.total_steps),
+        schedule=schedule,
         num_microbatches=run.num_microbatches,
         seed=run.seed,
       ),
       donate_argnums=0,
       out_shardings=(shardings, None),
     )
-    flops = flops_per_token(model, data.row_length) * data.batch_size * data.row_length
     with (
       MetricsWriter(
         run.model_dir,
         start_step=first,
         total_steps=run.total_steps,
-        tokens_per_step=data.batch_size * data.row_length,
-        flops_per_step=flops,
+        tokens_before=programme.tokens_before,
+        flops_before=functools.partial(flops_before, model, programme),
         sparse_layers=model.router_layers,
       ) as writer,
       Preemption() as preemption,
     ):
       if start is not None:
         writer.note(f'Resumed from checkpoint_{start}.')
+      if first < run.total_steps:
+        writer.note(format_plan(plan_table(programme)))
       state, complete = _loop(
-        run, data, state, first, step_fn, feed, evaluate, checkpointer, writer, preemption
+        run, programme, state, first, step_fn, feed, evaluate, checkpointer, writer, preemption
       )
       step = int(state.step)
       validation = evaluate(state.params) if complete and evaluate else {}
@@ -228,6 +238,29 @@ def train(
   )
 
 
+def _initial_parts(run: TrainConfig) -> tuple[str, int]:
+  """(run directory, step) of run.initial_checkpoint.
+
+  Raises:
+    ConfigError: the path is not a checkpoint's.
+  """
+  directory, _, name = run.initial_checkpoint.rstrip('/').rpartition('/')
+  prefix, _, step = name.rpartition('_')
+  if prefix != 'checkpoint' or not step.isdigit():
+    raise ConfigError(
+      f'initial_checkpoint={run.initial_checkpoint!r} must end in checkpoint_STEP, the directory '
+      f'of one checkpoint of a run; --gin.INITIAL_CHECKPOINT sets it.'
+    )
+  return directory or '.', int(step)
+
+
+def _initial_step(run: TrainConfig) -> int:
+  """The step that a new run begins at."""
+  if run.initial_checkpoint and run.initial_state is InitialState.ALL:
+    return _initial_parts(run)[1]
+  return 0
+
+
 def initial_state(
   run: TrainConfig, model: dict, abstract: TrainState, init: Callable[[], TrainState]
 ) -> TrainState:
@@ -242,25 +275,19 @@ def initial_state(
     ConfigError: the path is not a checkpoint's, or the checkpoint is of another model.
     CheckpointError: it is damaged or absent.
   """
-  directory, _, name = run.initial_checkpoint.rstrip('/').rpartition('/')
-  prefix, _, step = name.rpartition('_')
-  if prefix != 'checkpoint' or not step.isdigit():
-    raise ConfigError(
-      f'initial_checkpoint={run.initial_checkpoint!r} must end in checkpoint_STEP, the directory '
-      f'of one checkpoint of a run; --gin.INITIAL_CHECKPOINT sets it.'
-    )
-  source = Checkpointer(directory or '.', 1, model, read_only=True)
+  directory, step = _initial_parts(run)
+  source = Checkpointer(directory, 1, model, read_only=True)
   try:
     if run.initial_state is InitialState.ALL:
-      return source.restore(int(step), abstract)[0]
-    return init().replace(params=source.restore_params(int(step), abstract.params))
+      return source.restore(step, abstract)[0]
+    return init().replace(params=source.restore_params(step, abstract.params))
   finally:
     source.close()
 
 
 def _loop(
   run: TrainConfig,
-  data: DataConfig,
+  programme: Programme,
   state: TrainState,
   step: int,
   step_fn: Callable,
@@ -299,7 +326,7 @@ def _loop(
     if step % run.checkpoint_period == 0 or last:
       flush()  # never save what has not been seen to be finite
       writer.flush()
-      checkpointer.save(step, state, feed.state(), _metadata(run, data, step))
+      checkpointer.save(step, state, feed.state(), _metadata(run, programme, step))
       saved = step
     if stop:
       writer.note(f'Stopped by a signal after step {step}; the same command continues.')
@@ -307,13 +334,13 @@ def _loop(
   return state, True
 
 
-def _data_changed(run: TrainConfig, data: DataConfig, metadata: dict, step: int) -> bool:
+def _data_changed(run: TrainConfig, programme: Programme, metadata: dict, step: int) -> bool:
   """Whether the checkpoint was made on other data, from which this run may go on.
 
   Raises:
     ConfigError: other data, and run.allow_data_change is off.
   """
-  now = _metadata(run, data, step)
+  now = _metadata(run, programme, step)
   names = [n for n in ('mixture', 'task_feature_lengths') if metadata.get(n) != now[n]]
   if names and not run.allow_data_change:
     changes = '; '.join(f'{n} is {metadata.get(n)} there and {now[n]} here' for n in names)
@@ -324,9 +351,12 @@ def _data_changed(run: TrainConfig, data: DataConfig, metadata: dict, step: int)
   return bool(names)
 
 
-def _metadata(run: TrainConfig, data: DataConfig, step: int) -> dict:
+def _metadata(run: TrainConfig, programme: Programme, step: int) -> dict:
+  stage = programme.stages[programme.at(min(max(step, 1), programme.total_steps) - 1)[0]]
+  data = stage.data
   return {
-    'tokens_seen': step * data.batch_size * data.row_length,
+    'tokens_seen': programme.tokens_before(step),
+    'stage': stage.name,
     'mixture': data.mixture_or_task_name,
     'task_feature_lengths': dict(data.task_feature_lengths),
     'data_seed': data.seed,

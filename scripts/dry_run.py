@@ -8,6 +8,8 @@ from rich.table import Table
 
 from openmoe import plan as plan_lib
 from openmoe import train as train_lib
+from openmoe.data.stages import format_plan, plan_table
+from openmoe.programme import as_programme
 
 GIB = 2**30
 
@@ -23,12 +25,12 @@ def show(arguments: dict, device_count: int | None) -> None:
     ConfigError: the run cannot be split over so many devices.
   """
   count = device_count or jax.device_count()
-  model, data, mesh_config = arguments['model'], arguments['data'], arguments['mesh']
+  model, mesh_config, optimizer = (arguments[name] for name in ('model', 'mesh', 'optimizer'))
   mesh = plan_lib.abstract_mesh(mesh_config, count)
-  train_lib.check(arguments['run'], model, data, arguments.get('eval_data'), mesh)
-  plan = plan_lib.make_plan(
-    model, arguments['optimizer'], mesh_config, mesh, data.batch_size, data.row_length
-  )
+  programme = as_programme(arguments['data'], arguments['run'].total_steps)
+  train_lib.check(arguments['run'], model, optimizer, programme, arguments.get('eval_data'), mesh)
+  data = max(programme.stages, key=lambda stage: stage.tokens_per_step).data
+  plan = plan_lib.make_plan(model, optimizer, mesh_config, mesh, data.batch_size, data.row_length)
   console = Console(width=None if Console().is_terminal else 140)
   sizes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
   console.print(f'[bold]{model.name}[/] on {count} devices ({sizes})')
@@ -58,3 +60,5 @@ def show(arguments: dict, device_count: int | None) -> None:
     lines['experts'] = plan.capacity_note
   for name, value in lines.items():
     console.print(f'  {name:22} {value}', highlight=False)
+  console.print()
+  console.print(format_plan(plan_table(programme)), highlight=False)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from openmoe.config import DataConfig, ModelConfig
 from openmoe.decode import generate
+from openmoe.programme import as_programme
 from openmoe.train import Result
 
 PREFIX = '[S2S] '  # announces the prefix language model among the UL2 denoisers
@@ -18,7 +19,8 @@ PREFIX = '[S2S] '  # announces the prefix language model among the UL2 denoisers
 
 def show(result: Result, arguments: dict) -> None:
   """Prints the end of a complete run."""
-  run, model, data = arguments['run'], arguments['model'], arguments['data']
+  run, model = arguments['run'], arguments['model']
+  data = as_programme(arguments['data'], run.total_steps).stages[-1].data
   console = Console(highlight=False, soft_wrap=True)
   fresh = result.resumed_from != result.step
   console.print()
@@ -40,7 +42,7 @@ Next:
   tensorboard --logdir {run.model_dir}/tensorboard
   OBJECTIVE=full_lm MODEL_DIR={run.model_dir}_full_lm bash scripts/run_pretrain.sh
   bash scripts/run_pretrain.sh --gin.TRAIN_STEPS={2 * result.step}
-  MODEL=openmoe_8b EXPERIMENT=openmoe_8b_stage1 bash scripts/run_pretrain.sh \\
+  MODEL=openmoe_8b EXPERIMENT=openmoe_8b bash scripts/run_pretrain.sh \\
     --dry_run --dry_run_devices=256"""
   )
 

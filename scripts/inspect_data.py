@@ -6,8 +6,11 @@
   python -m scripts.inspect_data --mixture=demo_ul2 --summary
       prints tokens by source, padding and loss share, and the rate, over --steps batches.
 
---modules are imported first, as they register the tasks. A late step is reached by reading up to
-it; with --position=FOLDER (the data positions of a checkpoint) it starts from there.
+  python -m scripts.inspect_data --run_dir=runs/openmoe_tiny --step=187
+      the same for a batch of a run: with its data configuration, from the data position of its
+      newest checkpoint at or before the step, so at most a checkpoint period is read over.
+
+--modules are imported first, as they register the tasks.
 """
 
 from __future__ import annotations
@@ -17,10 +20,9 @@ import collections
 import itertools
 import json
 import os
-import pathlib
 import sys
 import time
-import urllib.parse
+from collections.abc import Mapping
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
@@ -28,20 +30,24 @@ os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 import numpy as np
 import seqio
 from absl import flags, logging
+from etils import epath
 
 from openmoe.config import ConfigError, DataConfig
 from openmoe.data.features import Example, Row
 from openmoe.data.shard import find_provider, rates
+from openmoe.data.stages import saved_stream
 from openmoe.data.stream import ShardedStream
 from openmoe.data.ul2 import DENOISERS
+from openmoe.data_positions import DataPositions
 from openmoe.types import Batch
 
 # Flags of this script alone: tests import it beside scripts.train, which has some of these names.
 _FLAGS = flags.FlagValues()
-_MIXTURE = flags.DEFINE_string(
-  'mixture', None, 'Task or mixture.', required=True, flag_values=_FLAGS
+_MIXTURE = flags.DEFINE_string('mixture', None, 'Task or mixture.', flag_values=_FLAGS)
+_RUN = flags.DEFINE_string('run_dir', None, 'Or the directory of a run.', flag_values=_FLAGS)
+_STEP = flags.DEFINE_integer(
+  'step', 0, 'Batch to show, from 0: what step + 1 of a run trains on.', flag_values=_FLAGS
 )
-_STEP = flags.DEFINE_integer('step', 0, 'Batch to show, from 0.', flag_values=_FLAGS)
 _SUMMARY = flags.DEFINE_bool(
   'summary', False, 'Print figures over --steps batches instead.', flag_values=_FLAGS
 )
@@ -60,9 +66,6 @@ _CACHED = flags.DEFINE_bool(
   'use_cached', False, 'Read what scripts.cache_tasks wrote.', flag_values=_FLAGS
 )
 _CACHE_DIRS = flags.DEFINE_list('cache_dirs', [], 'Where it wrote it.', flag_values=_FLAGS)
-_POSITION = flags.DEFINE_string(
-  'position', None, 'Folder with saved data positions.', flag_values=_FLAGS
-)
 _TFDS = flags.DEFINE_string('tfds_data_dir', None, 'Where TFDS data sets lie.', flag_values=_FLAGS)
 _MODULES = flags.DEFINE_list(
   'modules',
@@ -107,9 +110,9 @@ def objective_name(example: Example) -> str:
   return f'{denoiser.prefix.strip()} spans of {denoiser.mean_span:g}, {denoiser.noise_density:.0%}'
 
 
-def documents_of(example: Example, split: str) -> str:
+def documents_of(example: Example, config: DataConfig) -> str:
   """Where the first and the last token came from."""
-  sources = {t.name: t.source for t in _tasks() if t.name.startswith(f'{example.source}_')}
+  sources = {t.name: t.source for t in _tasks(config) if t.name.startswith(f'{example.source}_')}
   source = next(iter(sources.values()), None) if example.source else None
   names = []
   for number in dict.fromkeys(example.documents):
@@ -117,20 +120,20 @@ def documents_of(example: Example, split: str) -> str:
       names.append('unknown document')
     else:
       known = source is not None and hasattr(source, 'describe')
-      names.append(source.describe(split, number) if known else f'document {number}')
+      names.append(source.describe(config.split, number) if known else f'document {number}')
   return ' .. '.join(names)
 
 
-def _tasks() -> list[seqio.Task]:
-  provider = find_provider(_MIXTURE.value)
+def _tasks(config: DataConfig) -> list[seqio.Task]:
+  provider = find_provider(config.mixture_or_task_name)
   return list(getattr(provider, 'tasks', [provider]))
 
 
-def show_row(row: Row, vocabulary: seqio.Vocabulary, color: bool, split: str) -> str:
+def show_row(row: Row, vocabulary: seqio.Vocabulary, color: bool, config: DataConfig) -> str:
   """A packed row, segment by segment."""
   lines = []
   for number, example in enumerate(row, start=1):
-    head = f'  segment {number}: {example.source or "?"} | {documents_of(example, split)} | '
+    head = f'  segment {number}: {example.source or "?"} | {documents_of(example, config)} | '
     head += f'{objective_name(example)} | {len(example.inputs)} + {len(example.targets)} tokens'
     lines.append(f'{_HEAD}{head}{_END}' if color else head)
     for label, tokens, carries in (
@@ -191,38 +194,51 @@ def summarise(config: DataConfig, stream: ShardedStream, steps: int) -> dict[str
     'padding_share': round(1 - filled / max(positions, 1), 4),
     'loss_share': round(loss / max(positions, 1), 4),
     'tokens_per_second': round((filled - first) / seconds),
-    'skipped_records': _skipped(),
+    'skipped_records': _skipped(config),
   }
 
 
-def _skipped() -> dict[str, int]:
+def _skipped(config: DataConfig) -> dict[str, int]:
   found = collections.Counter()
-  for task in _tasks():
+  for task in _tasks(config):
     for (path, reason), count in getattr(task.source, 'skipped', {}).items():
       found[f'{path}: {reason}'] += count
   return dict(found)
 
 
-def read_positions(folder: str) -> dict[str, bytes]:
-  """Saved data positions by shard, as a checkpoint keeps them."""
-  found = {
-    urllib.parse.unquote(path.name.removesuffix('.position')): path.read_bytes()
-    for path in sorted(pathlib.Path(folder).rglob('*.position'))
+def of_run(run_dir: str, step: int) -> tuple[int, DataConfig, Mapping[str, bytes]]:
+  """(step of the next batch, data, positions) of the run's newest checkpoint up to `step`.
+
+  Raises:
+    ConfigError: no run, no checkpoint so early, or one whose stage ends before the step.
+  """
+  directory = epath.Path(run_dir)
+  saved = {
+    int(path.name.removeprefix('checkpoint_')): path
+    for path in (directory.iterdir() if directory.exists() else ())
+    if path.name.removeprefix('checkpoint_').isdigit()
   }
-  if not found:
-    raise ConfigError(f'{folder} holds no *.position file; give the data folder of a checkpoint.')
-  return found
+  if not saved:
+    raise ConfigError(f'--run_dir={run_dir} holds no checkpoint_STEP; give the directory of a run.')
+  early = [number for number in saved if number <= step]
+  if not early:
+    raise ConfigError(
+      f'--step={step} is before the oldest checkpoint that {run_dir} keeps, {min(saved)}: give '
+      f'--mixture and the lengths, and the batch is found by reading from the beginning.'
+    )
+  return saved_stream(DataPositions(saved[max(early)] / 'data'))
 
 
-def show_step(config: DataConfig, stream: ShardedStream, step: int) -> None:
-  batch: Batch = next(itertools.islice(stream, step, None))
+def show_step(config: DataConfig, stream: ShardedStream, ahead: int) -> None:
+  """Prints the batch after `ahead` others."""
+  batch: Batch = next(itertools.islice(stream, ahead, None))
   vocabulary = find_provider(config.mixture_or_task_name).output_features['targets'].vocabulary
   color = _COLOR.value == 'always' or (_COLOR.value == 'auto' and sys.stdout.isatty())
   each = config.batch_size // config.num_shards
   for number, row in enumerate(stream.last_rows):
     share = float((batch.segment_ids[number] > 0).mean())
     print(f'row {number} (shard {number // each}), {share:.1%} filled')
-    print(show_row(row, vocabulary, color, config.split))
+    print(show_row(row, vocabulary, color, config))
 
 
 def main(argv: list[str]) -> None:
@@ -239,12 +255,16 @@ def main(argv: list[str]) -> None:
     seqio.set_tfds_data_dir_override(_TFDS.value)
   seqio.add_global_cache_dirs(_CACHE_DIRS.value)
   try:
-    config = data_config()
+    if bool(_MIXTURE.value) == bool(_RUN.value):
+      raise ConfigError('give either --mixture or --run_dir.')
+    first, config, positions = (
+      of_run(_RUN.value, _STEP.value) if _RUN.value else (0, data_config(), None)
+    )
     with ShardedStream(config, range(config.num_shards)) as stream:
-      if _POSITION.value:
-        stream.restore(read_positions(_POSITION.value))
+      if positions:
+        stream.restore(positions)
       if not _SUMMARY.value:
-        show_step(config, stream, _STEP.value)
+        show_step(config, stream, _STEP.value - first)
         return
       result = summarise(config, stream, _STEPS.value)
   except ConfigError as error:

@@ -44,7 +44,6 @@ find_accelerator() {
 }
 
 choose_experiment() { # prints a name of gin/experiments, or none
-  local name
   if [[ -n "${EXPERIMENT:-}" ]]; then
     [[ "$EXPERIMENT" == none || -f "gin/experiments/$EXPERIMENT.gin" ]] ||
       die "EXPERIMENT=$EXPERIMENT is not in gin/experiments; there are: $(list experiments), none."
@@ -52,12 +51,10 @@ choose_experiment() { # prints a name of gin/experiments, or none
   elif [[ -z "${TFDS_DATA_DIR:-}" ]]; then
     echo demo
   else
-    for name in "$MODEL" "${MODEL}_stage1" "${MODEL}_ul2"; do
-      if [[ -f "gin/experiments/$name.gin" ]]; then
-        echo "$name"
-        return
-      fi
-    done
+    if [[ -f "gin/experiments/$MODEL.gin" ]]; then
+      echo "$MODEL"
+      return
+    fi
     die "no published run of MODEL=$MODEL in gin/experiments; set EXPERIMENT to one of:" \
       "$(list experiments), or to none and give the missing --gin.NAME=VALUE yourself."
   fi

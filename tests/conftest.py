@@ -3,7 +3,10 @@
 Tests run on eight simulated CPU devices, so that meshes are real; TensorFlow is kept quiet.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Compilation is most of the time of these tests, and none of them is about speed.
 _DEVICES = (
@@ -17,3 +20,9 @@ if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', '')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 os.environ.setdefault('MPLBACKEND', 'agg')
+
+# Runs that are killed and started again compile the same programmes again and again.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='openmoe-compiled-')
+  atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
+import pathlib
 
+import numpy as np
+import pytest
+
+from openmoe.config import ConfigError, DataConfig
 from openmoe.data.features import Example
+from openmoe.data.stages import StagedStream
+from openmoe.data.stream import ShardedStream
+from openmoe.programme import Programme, Stage
 from scripts import inspect_data
 from tests.data import case
 
@@ -33,13 +40,53 @@ def test_objectives_have_names():
 
 def test_a_row_tells_where_its_segments_come_from(tmp_path):
   case.make_corpus(tmp_path, 'inspected')
-  inspect_data._FLAGS(['test', '--mixture=inspected_ul2'])
-  try:
-    row = (Example(text_ids('in'), text_ids('out', 1), 'inspected', (2**32 + 4, 2**32 + 4), 0),)
-    shown = inspect_data.show_row(row, case.VOCABULARY, color=False, split='train')
-  finally:
-    inspect_data._FLAGS.unparse_flags()
+  config = DataConfig('inspected_ul2', {'inputs': 64, 'targets': 64}, 2, num_shards=1)
+  row = (Example(text_ids('in'), text_ids('out', 1), 'inspected', (2**32 + 4, 2**32 + 4), 0),)
+  shown = inspect_data.show_row(row, case.VOCABULARY, color=False, config=config)
   assert (
     f'inspected | {tmp_path}/inspected-1.jsonl:5 | [NLU] spans of 3, 15% | 2 + 4 tokens' in shown
   )
   assert 'context: in' in shown and 'loss: out<eos>' in shown
+
+
+@pytest.fixture(scope='module')
+def run_dir(tmp_path_factory) -> pathlib.Path:
+  """The data positions of a run after steps 2 and 5 of 6, the fourth of which begins a stage."""
+  folder = tmp_path_factory.mktemp('run')
+  case.make_corpus(folder, 'seek')
+  first = DataConfig('seek_full_lm', {'targets': 96}, 2, num_shards=2)
+  second = DataConfig('seek_ul2', {'inputs': 64, 'targets': 64}, 4, num_shards=2, seed=3)
+  programme = Programme((Stage('a', 3 * 2 * 96, first), Stage('b', 3 * 4 * 128, second)))
+  with StagedStream(programme, lambda data: range(data.num_shards)) as stream:
+    for step in range(1, 7):
+      batch = next(stream)
+      data = folder / f'checkpoint_{step}' / 'data'
+      if step in (2, 3, 5):
+        data.mkdir(parents=True)
+        for name, position in stream.state().items():
+          (data / f'{name}.position').write_bytes(position)
+  np.save(folder / 'last.npy', batch.targets)
+  return folder
+
+
+def test_a_late_step_is_found_from_the_nearest_checkpoint(run_dir):
+  step, config, positions = inspect_data.of_run(str(run_dir), 5)
+  assert (step, config.mixture_or_task_name, config.batch_size, config.seed) == (
+    5,
+    'seek_ul2',
+    4,
+    3,
+  )
+  with ShardedStream(config, range(config.num_shards)) as stream:
+    stream.restore(positions)
+    np.testing.assert_array_equal(next(stream).targets, np.load(run_dir / 'last.npy'))
+  assert inspect_data.of_run(str(run_dir), 2)[:1] == (2,)
+
+
+def test_steps_that_no_checkpoint_leads_to_are_refused(run_dir, tmp_path):
+  with pytest.raises(ConfigError, match="at the end of stage 'a', after step 3"):
+    inspect_data.of_run(str(run_dir), 4)
+  with pytest.raises(ConfigError, match='before the oldest checkpoint that .* keeps, 2'):
+    inspect_data.of_run(str(run_dir), 1)
+  with pytest.raises(ConfigError, match='holds no checkpoint_STEP'):
+    inspect_data.of_run(str(tmp_path / 'none'), 1)

@@ -127,7 +127,7 @@ def test_throughput_leaves_pauses_out(tmp_path, out, monkeypatch):
   now = [100.0]
   monkeypatch.setattr(metrics.time, 'monotonic', lambda: now[0])
   with MetricsWriter(
-    tmp_path, 0, 40, tokens_per_step=1000, flops_per_step=1e6, stream=out
+    tmp_path, 0, 40, tokens_before=lambda s: 1000 * s, flops_before=lambda s: 1e6 * s, stream=out
   ) as writer:
     now[0] += 5
     writer.write(10, {'loss': 1.0})
@@ -149,7 +149,7 @@ def test_mfu_counts_all_devices(tmp_path, out, monkeypatch):
   monkeypatch.setattr(metrics, 'peak_flops', lambda kind: 1e6)
   now = [0.0]
   monkeypatch.setattr(metrics.time, 'monotonic', lambda: now[0])
-  with MetricsWriter(tmp_path, 0, 40, flops_per_step=4e6, stream=out) as writer:
+  with MetricsWriter(tmp_path, 0, 40, flops_before=lambda s: 4e6 * s, stream=out) as writer:
     now[0] = 1.0
     writer.write(1, {'loss': 1.0})
   assert read_records(tmp_path)[0]['mfu'] == pytest.approx(4 / jax.device_count())
@@ -203,7 +203,7 @@ def test_other_processes_write_nothing(tmp_path, out, monkeypatch):
 
 
 def test_lines_when_piped(tmp_path, out):
-  with MetricsWriter(tmp_path, 0, 10000, tokens_per_step=10, stream=out) as writer:
+  with MetricsWriter(tmp_path, 0, 10000, tokens_before=lambda s: 10 * s, stream=out) as writer:
     writer.note('started')
     writer.write(1, {'loss': 11.25})
     write_steps(writer, 9999, 9999)

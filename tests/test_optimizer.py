@@ -59,7 +59,7 @@ def test_factoring_rules(shape, axes, row, column):
 
 
 def _step(config, params, grads, axes):
-  optimizer = make_optimizer(config, axes, 10)
+  optimizer = make_optimizer(config, axes, learning_rate(config, 10))
   state = optimizer.init(params)
   updates, state = optimizer.update(grads, state, params)
   updates, state = optimizer.update(grads, state, optax.apply_updates(params, updates))

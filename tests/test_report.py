@@ -16,7 +16,12 @@ from openmoe.report import experts_figure, plot_run, smooth
 def write_run(model_dir, steps, experts=8, layers=2, tokens=64):
   rng = np.random.default_rng(0)
   with MetricsWriter(
-    model_dir, 0, steps, tokens_per_step=tokens, sparse_layers=(1, 3)[:layers], stream=io.StringIO()
+    model_dir,
+    0,
+    steps,
+    tokens_before=lambda s: tokens * s,
+    sparse_layers=(1, 3)[:layers],
+    stream=io.StringIO(),
   ) as writer:
     for step in range(1, steps + 1):
       if layers:

@@ -17,6 +17,7 @@ MAX_LINES = 450
 CHAIN = (
   'types',
   'config',
+  'programme',
   'partitioning',
   'layers',
   'models',
@@ -34,8 +35,8 @@ CHAIN = (
 # without them; from there on they are free to use.
 SIDE = {
   'hardware': set(),
-  'data': {'types', 'config'},
-  'feed': {'types', 'config', 'data', 'partitioning'},
+  'data': {'types', 'config', 'programme'},
+  'feed': {'types', 'config', 'programme', 'data', 'partitioning'},
   'manifest': set(),
   'data_positions': set(),
   'checkpoint': {'types', 'config', 'manifest', 'data_positions'},

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from openmoe import train as train_lib
+from openmoe.checkpoint import Checkpointer
 from openmoe.config import (
   ConfigError,
   DataConfig,
@@ -26,6 +27,7 @@ from openmoe.config import (
 from openmoe.data.vocabulary import train_vocabulary
 from openmoe.feed import Feed
 from openmoe.metrics import read_records, read_router
+from openmoe.programme import Programme, Stage
 from tasks import demo_corpus
 from tasks.text_files import UserFiles
 
@@ -70,7 +72,7 @@ def arguments(model_dir, source, **changes):
     'run': TrainConfig(str(model_dir), **(run | changes)),
     'model': model,
     'optimizer': OptimizerConfig(schedule='constant', learning_rate=rate),
-    'data': DataConfig(**data, batch_size=8),
+    'data': DataConfig(**data, batch_size=8, num_shards=2),
     'eval_data': DataConfig(
       **data, batch_size=8, split='validation', shuffle=False, num_shards=1, num_epochs=1
     ),
@@ -196,6 +198,68 @@ def test_other_data_needs_consent(source, tmp_path):
   assert train_lib.train(**second).resumed_from == 2
   second['run'] = dataclasses.replace(second['run'], total_steps=5, allow_data_change=False)
   assert train_lib.train(**second).resumed_from == 4
+
+
+def staged(model_dir, source):
+  """Three steps on the corpus as language model, three with UL2 at another length and rate."""
+  given = arguments(model_dir, source, total_steps=6, eval_period=0, checkpoint_period=1)
+  first = dataclasses.replace(given['data'], num_shards=1)
+  second = dataclasses.replace(
+    first, mixture_or_task_name='run_test_ul2', task_feature_lengths={'inputs': 32, 'targets': 32}
+  )
+  rate = dataclasses.replace(given['optimizer'], learning_rate=0.05, schedule='wsd', decay_steps=3)
+  stages = (
+    Stage('lm', 3 * 8 * 32, first),
+    Stage('ul2', 3 * 8 * 64, second, dataclasses.replace(rate, warmup_steps=2)),
+  )
+  return given | {'data': Programme(stages)}
+
+
+@pytest.fixture(scope='module')
+def undisturbed_stages(source, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('stages')
+  train_lib.train(**staged(folder, source))
+  return folder
+
+
+def test_a_programme_switches_at_the_exact_step(undisturbed_stages):
+  rows = read_records(undisturbed_stages, 'train')
+  tokens = [256, 512, 768, 768 + 512, 768 + 1024, 768 + 1536]
+  assert [row['tokens_seen'] for row in rows] == tokens
+  decay = [0.05 * min(1, (s + 1) / 2) * 0.1 ** (s / 3) for s in range(3)]
+  np.testing.assert_allclose([r['learning_rate'] for r in rows], [0.1] * 3 + decay, rtol=1e-5)
+
+
+def test_a_programme_killed_around_its_switch(undisturbed_stages, source, tmp_path, monkeypatch):
+  """Killed just before, at, and just after the switch: the curve of the run that was not."""
+  take, save = Feed.__next__, Checkpointer.save
+  # Threads do not die with a run that only raises: they must be done before the next one begins.
+  monkeypatch.setattr(Checkpointer, 'save', lambda self, *args: (save(self, *args), self.wait()))
+  for killed_after in (2, 3, 4):
+
+    def dies(self, killed_after=killed_after):
+      if self._stream._step == killed_after:
+        raise Killed
+      return take(self)
+
+    monkeypatch.setattr(Feed, '__next__', dies)
+    with pytest.raises(Killed):
+      train_lib.train(**staged(tmp_path, source))
+    assert len(curve(tmp_path)) == killed_after
+  monkeypatch.setattr(Feed, '__next__', take)
+  assert train_lib.train(**staged(tmp_path, source)).resumed_from == 4
+  assert curve(tmp_path) == curve(undisturbed_stages)
+
+
+def test_a_programme_too_short_for_the_run_is_refused(source, tmp_path):
+  given = staged(tmp_path, source)
+  given['run'] = dataclasses.replace(given['run'], total_steps=7)
+  with pytest.raises(ConfigError, match=r'3 \(lm\) \+ 3 \(ul2\) = 6 steps'):
+    train_lib.train(**given)
+  other = dataclasses.replace(given['optimizer'], name='adamw')
+  wrong = Programme((Stage('x', 8 * 32 * 6, given['data'].stages[0].data, other),))
+  with pytest.raises(ConfigError, match='may change schedule'):
+    train_lib.train(**(given | {'data': wrong, 'run': TrainConfig(str(tmp_path), 6)}))
 
 
 # --- real processes

@@ -40,7 +40,7 @@ def synthetic(step: int, rows: int = 16, length: int = 32) -> Batch:
 
 def make_step(config, num_microbatches=1, shardings=None, optimizer=OPTIMIZER):
   axes = abstract_params(config)[1]
-  transform = make_optimizer(optimizer, axes, 20)
+  transform = make_optimizer(optimizer, axes, learning_rate(optimizer, 20))
   module = build_model(config)
   step = functools.partial(
     train_step,

@@ -77,6 +77,15 @@ def signature(config: DataConfig) -> dict[str, object]:
   return fields
 
 
+def saved_config(position: bytes, tokens_per_step: int) -> DataConfig:
+  """What a saved position of a shard was made with, but for the batch size, which is no part."""
+  with np.load(io.BytesIO(position), allow_pickle=False) as loaded:
+    fields = json.loads(str(loaded['header']))['signature']
+  del fields['rates']
+  batch_size = tokens_per_step // sum(fields['task_feature_lengths'].values())
+  return DataConfig(batch_size=batch_size, **fields)
+
+
 def _use_for_data_only() -> None:
   """Keeps TensorFlow off the accelerators, and its graph optimiser off tf.data's functions.
 

@@ -1,97 +1,20 @@
-"""A programme of stages over tokens: mixture, objective, lengths and schedule, one after the other.
+"""The stream over a programme of stages, and its plan.
 
-`Programme.at(step)` is a pure function from the global step to the stage, so a stage ends at an
-exact token count however often the run is killed. StagedStream is the stream over all of them, with
-ShardedStream's interface; its saved position says in which stage it is.
-
-Tokens are positions of the batches, padding included, as every published figure counts them.
+StagedStream has ShardedStream's interface; its saved position says in which stage it is.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 
 import seqio
 
-from openmoe.config import ConfigError, DataConfig, OptimizerConfig
+from openmoe.config import ConfigError, DataConfig
 from openmoe.data import shard
 from openmoe.data.stream import ShardedStream
+from openmoe.programme import Programme
 from openmoe.types import Batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-  """One stage of a run.
-
-  Attributes:
-    name: for records and errors.
-    tokens: positions it lasts; a multiple of batch_size * row_length.
-    data: mixture, lengths, batch size and seed.
-    optimizer: schedule of this stage; None keeps the run's.
-  """
-
-  name: str
-  tokens: int
-  data: DataConfig
-  optimizer: OptimizerConfig | None = None
-
-  def __post_init__(self):
-    each = self.tokens_per_step
-    if self.tokens <= 0 or self.tokens % each:
-      raise ConfigError(
-        f'Stage {self.name!r} lasts tokens={self.tokens}, which is not a positive multiple of '
-        f'batch_size * row length = {each}, so no step ends there. Nearest: '
-        f'{max(self.tokens // each, 1) * each} or {(self.tokens // each + 1) * each}.'
-      )
-
-  @property
-  def tokens_per_step(self) -> int:
-    return self.data.batch_size * self.data.row_length
-
-  @property
-  def steps(self) -> int:
-    return self.tokens // self.tokens_per_step
-
-
-@dataclasses.dataclass(frozen=True)
-class Programme:
-  """Stages in order."""
-
-  stages: tuple[Stage, ...]
-
-  def __post_init__(self):
-    object.__setattr__(self, 'stages', tuple(self.stages))
-    names = [stage.name for stage in self.stages]
-    if not names or len(set(names)) != len(names):
-      raise ConfigError(f'A programme needs stages with names of their own, not {names}.')
-
-  @property
-  def total_steps(self) -> int:
-    return sum(stage.steps for stage in self.stages)
-
-  def at(self, step: int) -> tuple[int, int]:
-    """(stage, step inside it) of the batch that global step `step` (from 0) trains on.
-
-    Raises:
-      ValueError: step is not in 0 .. total_steps - 1.
-    """
-    inside = step
-    for index, stage in enumerate(self.stages):
-      if 0 <= inside < stage.steps:
-        return index, inside
-      inside -= stage.steps
-    raise ValueError(f'step {step} is outside the programme of {self.total_steps} steps.')
-
-  def tokens_before(self, step: int) -> int:
-    """Positions trained on before global step `step`."""
-    done = 0
-    for stage in self.stages:
-      steps = min(step, stage.steps)
-      done += steps * stage.tokens_per_step
-      step -= steps
-    return done
 
 
 class StagedStream:
@@ -100,25 +23,21 @@ class StagedStream:
   def __init__(
     self, programme: Programme, shard_ids: Callable[[DataConfig], Sequence[int]], step: int = 0
   ):
-    """Opens the stage of `step`, at its beginning.
+    """Opens the stage of `step`; its data begin there.
 
     Args:
       programme: what to read.
       shard_ids: the logical shards of this host, by a stage's data config.
-      step: a step at which a stage begins; elsewhere restore() is needed.
+      step: global step of the first batch. Inside a stage, where restore() does not follow, the
+        stage's data begin here: a run that starts from another run's checkpoint.
     """
     self._programme = programme
     self._shard_ids = shard_ids
-    self._step = 0
+    self._step = step
+    self._stage: int | None = None  # whose stream is open
     self._stream: ShardedStream | None = None
-    if step:
-      index, inside = programme.at(step)
-      if inside:
-        raise ConfigError(
-          f'Step {step} lies {inside} steps inside stage {programme.stages[index].name!r}: '
-          'restore a saved position, or begin where a stage begins.'
-        )
-      self._step = step
+    if step < programme.total_steps:
+      self._open(programme.at(step)[0])
 
   def __enter__(self) -> StagedStream:
     return self
@@ -127,21 +46,29 @@ class StagedStream:
     self.close()
 
   def __iter__(self) -> StagedStream:
+    """Starts reading ahead; compile while it does."""
+    if self._stream is not None:
+      iter(self._stream)
     return self
 
-  def _open(self, index: int) -> ShardedStream:
+  @property
+  def data(self) -> DataConfig:
+    """Of the newest batch; before the first, of the first."""
+    return self._programme.stages[self._programme.at(max(self._step - 1, 0))[0]].data
+
+  def _open(self, index: int) -> None:
+    self.close()
     data = self._programme.stages[index].data
-    return ShardedStream(data, self._shard_ids(data))
+    self._stream = ShardedStream(data, self._shard_ids(data))
+    self._stage = index
 
   def __next__(self) -> Batch:
     """The next batch; the first of a stage opens its mixture."""
     if self._step >= self._programme.total_steps:
       raise StopIteration
-    index, inside = self._programme.at(self._step)
-    if not inside:
-      self.close()
-    if self._stream is None:
-      self._stream = self._open(index)
+    index, _ = self._programme.at(self._step)
+    if index != self._stage:
+      self._open(index)
     batch = next(self._stream)
     self._step += 1
     return batch
@@ -153,20 +80,34 @@ class StagedStream:
     """
     if self._stream is None:
       raise RuntimeError('There is no position before the first batch.')
-    index, _ = self._programme.at(self._step - 1)
-    header = json.dumps({'step': self._step, 'stages': self._signature(index)}).encode()
+    header = json.dumps({'step': self._step, 'stages': self._signature(self._stage)}).encode()
     return {
-      f'{self._programme.stages[index].name}-{name}': header + b'\n' + position
+      f'{self._programme.stages[self._stage].name}-{name}': header + b'\n' + position
       for name, position in self._stream.state().items()
     }
 
   def _signature(self, last: int) -> list[list[object]]:
-    """What must not change under a saved position: all stages up to its own, lengths included."""
-    stages = self._programme.stages[: last + 1]
-    return [[s.name, s.tokens, s.tokens_per_step] for s in stages]
+    """The stages up to `last`: name, tokens, tokens a step."""
+    return [[s.name, s.tokens, s.tokens_per_step] for s in self._programme.stages[: last + 1]]
+
+  def _agrees(self, saved: Sequence[Sequence[object]], step: int) -> bool:
+    """Whether a position of `saved` stages at global `step` is one of this programme.
+
+    Finished stages must be what they were. The current one may have become longer; a run that is
+    one stage may also change its batch size, as nothing switches inside it.
+    """
+    last = len(saved) - 1
+    if last >= len(self._programme.stages) or saved[:-1] != self._signature(last)[:-1]:
+      return False
+    stage, (name, _, each) = self._programme.stages[last], saved[-1]
+    if len(self._programme.stages) > 1 and each != stage.tokens_per_step:
+      return False
+    return stage.name == name and step <= self._programme.starts()[last] + stage.steps
 
   def restore(self, entries: Mapping[str, bytes]) -> None:
     """Continues where state() was taken, on any division of the hosts.
+
+    Only before the first batch. At the end of a stage the next one begins at its beginning.
 
     Raises:
       ConfigError: the entries are of another programme; later stages may differ.
@@ -175,30 +116,61 @@ class StagedStream:
     if first is None:
       raise ConfigError('The saved data position is empty.')
     header = json.loads(entries[first].split(b'\n', 1)[0])
-    step, saved = header['step'], header['stages']
+    self._step, saved = header['step'], header['stages']
     last = len(saved) - 1
-    if last >= len(self._programme.stages) or saved != self._signature(last):
+    if not self._agrees(saved, self._step):
       now = self._signature(len(self._programme.stages) - 1)
       raise ConfigError(
-        f'The saved data position is of the stages {saved} (name, tokens, tokens a step), and the '
-        f'programme is {now}: finished and current stages must stay as they are.'
+        f'The saved data position is after step {self._step} of the stages {saved} (name, tokens, '
+        f'tokens a step), and the programme is {now}: finished stages must stay as they are, and '
+        f'the current one must not end before that step.'
       )
-    prefix = f'{self._programme.stages[last].name}-'
-    own = {
-      name.removeprefix(prefix): content.split(b'\n', 1)[1]
-      for name, content in entries.items()
-      if name.startswith(prefix)
-    }
-    self.close()
-    self._stream = self._open(last)
-    self._stream.restore(own)
-    self._step = step
+    if self._step >= self._programme.total_steps:
+      self.close()
+      return
+    index, _ = self._programme.at(self._step)
+    if index != self._stage:
+      self._open(index)
+    if index == last:
+      prefix = f'{self._programme.stages[last].name}-'
+      self._stream.restore(
+        {
+          name.removeprefix(prefix): entries[name].split(b'\n', 1)[1]
+          for name in entries
+          if name.startswith(prefix)
+        }
+      )
 
   def close(self) -> None:
     """Stops reading; may be called twice."""
     if self._stream is not None:
       self._stream.close()
-      self._stream = None
+      self._stream = self._stage = None
+
+
+def saved_stream(entries: Mapping[str, bytes]) -> tuple[int, DataConfig, dict[str, bytes]]:
+  """What StagedStream.state() says by itself, to look at data without the run.
+
+  Returns:
+    (step, data, positions): the next batch is that of global step `step`; ShardedStream(data, all
+    shards) gives it after restore(positions).
+
+  Raises:
+    ConfigError: no entries, or a position at the end of its stage, after which others' data come.
+  """
+  if not entries:
+    raise ConfigError('The saved data position is empty.')
+  parts = {name: entries[name].split(b'\n', 1) for name in sorted(entries)}
+  first, position = next(iter(parts.values()))
+  header = json.loads(first)
+  name, _, each = header['stages'][-1]
+  if header['step'] == sum(tokens // rate for _, tokens, rate in header['stages']):
+    raise ConfigError(
+      f'The saved data position is at the end of stage {name!r}, after step {header["step"]}, and '
+      f'does not say what follows: choose an earlier step, or a later checkpoint.'
+    )
+  data = shard.saved_config(position, each)
+  return header['step'], data, {k.removeprefix(f'{name}-'): v[1] for k, v in parts.items()}
 
 
 def plan_table(

@@ -34,7 +34,7 @@ def measure(config: ModelConfig) -> dict[str, float]:
     train_step,
     model=build_model(config),
     config=config,
-    optimizer=make_optimizer(optimizer, axes, 1),
+    optimizer=make_optimizer(optimizer, axes, learning_rate(optimizer, 1)),
     schedule=learning_rate(optimizer, 1),
     num_microbatches=1,
     seed=0,

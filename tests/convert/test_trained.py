@@ -9,7 +9,7 @@ from convert.convert import Options, convert, find_form
 from convert.names import name_table
 from openmoe import checkpoint, train
 from openmoe.config import OptimizerConfig
-from openmoe.optimizer import make_optimizer
+from openmoe.optimizer import learning_rate, make_optimizer
 from openmoe.train_state import TrainState, abstract_params
 from tests.convert import case
 
@@ -22,7 +22,7 @@ def random_state() -> TrainState:
   generator = np.random.default_rng(0)
   fill = lambda leaf: jnp.asarray(generator.standard_normal(leaf.shape, np.float32))
   params = jax.tree.map(fill, shapes)
-  optimizer = make_optimizer(OPTIMIZER, axes, total_steps=9)
+  optimizer = make_optimizer(OPTIMIZER, axes, learning_rate(OPTIMIZER, 9))
   opt_state = jax.tree.map(lambda x: fill(x) if x.ndim else x, optimizer.init(params))
   opt_state = opt_state._replace(count=jnp.int32(case.STEP))
   return TrainState(jnp.int32(case.STEP), params, opt_state)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from openmoe.config import ConfigError, DataConfig
-from openmoe.data.stages import Programme, Stage, StagedStream, format_plan, plan_table
+from openmoe.data.stages import StagedStream, format_plan, plan_table
 from openmoe.data.stream import ShardedStream
+from openmoe.programme import Programme, Stage
 from tests.data import case
 
 ROWS, STEPS = 2, (3, 4)
@@ -80,22 +81,36 @@ def test_a_position_names_its_stage(whole):
   assert list(states[3]) == ['full_lm-shard_00000-of-00001']
 
 
-def test_a_changed_programme_is_refused_and_later_stages_may_change(programme, whole):
+def test_finished_stages_must_stay_and_the_current_one_may_grow(programme, whole):
   _, states = whole
   first, second = programme.stages
   longer = Programme((first, Stage('full_lm', 2 * second.tokens, second.data)))
-  with StagedStream(longer, all_shards) as stream:
-    stream.restore(states[1])
-    assert len(list(stream)) == 1 + 8
-  with StagedStream(longer, all_shards) as stream, pytest.raises(ConfigError, match='must stay'):
+  for step, left in ((2, 1 + 8), (5, 2 + 4)):
+    with StagedStream(longer, all_shards) as stream:
+      stream.restore(states[step - 1])
+      assert len(list(stream)) == left
+  grown = Programme((Stage('ul2', 2 * first.tokens, first.data), second))
+  with StagedStream(grown, all_shards) as stream, pytest.raises(ConfigError, match='must stay'):
     stream.restore(states[4])
+  shrunk = Programme((Stage('ul2', first.tokens // 3, first.data), second))
+  with StagedStream(shrunk, all_shards) as stream, pytest.raises(ConfigError, match='must not end'):
+    stream.restore(states[1])
 
 
-def test_a_stage_begins_only_where_it_begins(programme):
-  with pytest.raises(ConfigError, match="1 steps inside stage 'full_lm'"):
-    StagedStream(programme, all_shards, step=4)
-  with StagedStream(programme, all_shards, step=3) as stream:
-    assert len(list(stream)) == 4
+@pytest.mark.parametrize('step', [3, 4])
+def test_without_a_position_the_stage_begins_here(programme, whole, step):
+  targets, _ = whole
+  with StagedStream(programme, all_shards, step=step) as stream:
+    found = [batch.targets for batch in stream]
+  assert len(found) == 7 - step
+  np.testing.assert_array_equal(found[0], targets[3])
+
+
+def test_a_complete_programme_has_no_more(programme, whole):
+  _, states = whole
+  with StagedStream(programme, all_shards, step=7) as stream:
+    stream.restore(states[-1])
+    assert list(stream) == []
 
 
 def test_stages_that_end_inside_a_step_are_refused(programme):

@@ -26,7 +26,7 @@ import optax
 from convert.names import name_table
 from openmoe import config as config_lib
 from openmoe.layers.router import upstream_group_size
-from openmoe.optimizer import make_optimizer
+from openmoe.optimizer import learning_rate, make_optimizer
 from openmoe.train_state import abstract_params, build_model
 from openmoe.train_step import loss_fn
 from openmoe.types import Batch, PyTree
@@ -149,7 +149,8 @@ def _adafactor(file, params, grads, config) -> float:
     learning_rate=file['config/adafactor_lr'].item(),
     min_dim_size_to_factor=file['config/adafactor_min_dim_size_to_factor'].item(),
   )
-  optimizer = make_optimizer(optimizer_config, abstract_params(config)[1], total_steps=2)
+  rate = learning_rate(optimizer_config, 2)
+  optimizer = make_optimizer(optimizer_config, abstract_params(config)[1], rate)
   state = optimizer.init(params)
   for factor in (1.0, 2.0):
     scaled = jax.tree.map(lambda g, factor=factor: factor * g, grads)

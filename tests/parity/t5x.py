@@ -29,7 +29,7 @@ from convert.sizes import to_json
 from openmoe import config as config_lib
 from openmoe.checkpoint import Checkpointer
 from openmoe.layers.router import upstream_group_size
-from openmoe.optimizer import make_optimizer
+from openmoe.optimizer import learning_rate, make_optimizer
 from openmoe.train_state import TrainState, abstract_params, build_model
 from openmoe.types import Batch, PyTree
 
@@ -87,7 +87,8 @@ def _restore(run: pathlib.Path, step: int, config, optimizer: bool) -> TrainStat
   assert checkpointer.latest_step() == step
   if not optimizer:
     return TrainState(step, checkpointer.restore_params(step, shapes), None)
-  transformation = make_optimizer(config_lib.OptimizerConfig(), axes, total_steps=1)
+  optimizer_config = config_lib.OptimizerConfig()
+  transformation = make_optimizer(optimizer_config, axes, learning_rate(optimizer_config, 1))
   state = lambda p: TrainState(jnp.zeros((), jnp.int32), p, transformation.init(p))
   abstract = jax.eval_shape(state, shapes)
   return checkpointer.restore(step, abstract)[0]
