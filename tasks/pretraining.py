@@ -33,6 +33,14 @@ _BOOKS = (
 )
 _WIKIPEDIA = 'Prepare it with `tfds build wikipedia/20190301.en` in that directory.'
 
+# Tokens of a pass as upstream counts them, with another tokenizer: enough for the plan of a run to
+# estimate epochs. Source: data card of RedPajama.
+_TOKENS = {
+  'redpajama_common_crawl': 878e9, 'redpajama_c4': 175e9, 'redpajama_github': 59e9,
+  'redpajama_arxiv': 28e9, 'redpajama_book': 26e9, 'redpajama_wikipedia': 24e9,
+  'redpajama_stackexchange': 20e9,
+}  # fmt: skip
+
 # corpus: (TFDS name and version, splits, what to do when it is missing)
 CORPORA: dict[str, tuple[str, Mapping[str, str], str]] = {
   'redpajama_c4': ('redpajama_c4:1.0.0', _WITH_HELD_OUT, ''),
@@ -91,7 +99,9 @@ def _add_mixture(name: str, objective: str, rates: Mapping[str, float], suffix: 
 
 
 for _corpus, (_name, _splits, _remedy) in CORPORA.items():
-  chains.add_corpus(_corpus, TfdsDocuments(_name, _splits, _remedy), VOCABULARY)
+  chains.add_corpus(
+    _corpus, TfdsDocuments(_name, _splits, _remedy, _TOKENS.get(_corpus)), VOCABULARY
+  )
 for _mixture, (_objective, _rates) in MIXTURES.items():
   for _suffix in ('', '_reference'):
     _add_mixture(_mixture, _objective, _rates, _suffix)

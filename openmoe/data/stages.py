@@ -174,13 +174,13 @@ def saved_stream(entries: Mapping[str, bytes]) -> tuple[int, DataConfig, dict[st
 
 
 def plan_table(
-  programme: Programme, source_tokens: Mapping[str, int] | None = None
+  programme: Programme, source_tokens: Mapping[str, float] | None = None
 ) -> list[dict[str, object]]:
   """Tokens and epochs by stage and source, to be read before a run starts.
 
   Args:
     programme: the stages.
-    source_tokens: tokens of a task by name; cached tasks are looked up.
+    source_tokens: tokens of a task by name; else as its cache counted them, or as its source says.
 
   Returns:
     Rows {'stage', 'source', 'share', 'tokens', 'epochs'}; epochs is None where the size of the
@@ -194,7 +194,7 @@ def plan_table(
     total = sum(rates.values())
     for name, rate in rates.items():
       tokens = stage.tokens * rate / total
-      size = known.get(name) or _cached_tokens(name, stage.data.split)
+      size = known.get(name) or _tokens_of_task(name, stage.data.split)
       epochs = tokens / size if size else None
       rows.append(
         {
@@ -208,11 +208,11 @@ def plan_table(
   return rows
 
 
-def _cached_tokens(name: str, split: str) -> int | None:
+def _tokens_of_task(name: str, split: str) -> float | None:
   task = seqio.TaskRegistry.get(name)
-  if not task.supports_caching or not task.cache_dir:
-    return None
-  return task.get_cached_stats(split).get('targets_tokens')
+  if task.supports_caching and task.cache_dir:
+    return task.get_cached_stats(split).get('targets_tokens')
+  return getattr(task.source, 'tokens', None) if split == 'train' else None
 
 
 def format_plan(rows: Sequence[Mapping[str, object]]) -> str:

@@ -22,16 +22,20 @@ _RECORD_BITS = 32
 class TfdsDocuments(seqio.TfdsDataSource):
   """A TFDS data set with 'document_id' (file * 2^32 + record) added to its examples."""
 
-  def __init__(self, name: str, splits: Mapping[str, str], remedy: str = ''):
+  def __init__(
+    self, name: str, splits: Mapping[str, str], remedy: str = '', tokens: float | None = None
+  ):
     """Nothing is looked up before a dataset is asked for.
 
     Args:
       name: 'data_set:version'.
       splits: seqio split -> TFDS split, slices allowed ('train[:-2000]').
       remedy: said when the data set is not there.
+      tokens: about how many the train split holds, for the plan of a run.
     """
     super().__init__(tfds_name=name, splits=dict(splits))
     self._split_map = dict(splits)
+    self.tokens = tokens
     self._remedy = remedy or 'Build it with scripts/build_datasets.sh.'
 
   @property
