@@ -13,7 +13,9 @@ import os
 import pathlib
 import sys
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+from scripts import quiet
+
+quiet.import_tensorflow()
 
 import tensorflow_datasets as tfds
 from absl import app, flags, logging

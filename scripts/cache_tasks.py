@@ -16,8 +16,9 @@ import json
 import os
 import sys
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+from scripts import quiet
+
+quiet.import_tensorflow()
 
 import seqio
 import tensorflow as tf

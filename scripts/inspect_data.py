@@ -19,13 +19,13 @@ import ast
 import collections
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+from scripts import quiet
+
+quiet.import_tensorflow()
 
 import numpy as np
 import seqio

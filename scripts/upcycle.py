@@ -13,10 +13,11 @@ why the result computes the same. The largest difference of the logits is printe
 
 from __future__ import annotations
 
-import os
 import sys
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+from scripts import quiet
+
+quiet.import_tensorflow()
 
 import gin
 import jax

@@ -15,8 +15,9 @@ import resource
 import tempfile
 import time
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+from scripts import quiet
+
+quiet.import_tensorflow()
 
 import seqio
 from absl import app, flags
