@@ -21,6 +21,7 @@ from convert.tensors import ConvertError, Stored, Writable, write_synced
 from convert.zarrays import ZarrStore, missing_chunks
 from openmoe import manifest
 from openmoe.config import Architecture, ModelConfig
+from openmoe.train_state import identity
 
 MOMENTS = ('v', 'v_row', 'v_col')
 CODEC = None  # float weights hardly compress, and an uncompressed chunk is read five times faster
@@ -31,14 +32,6 @@ _HANDLERS = {
   'params': _STANDARD,
   'state': _STANDARD,
 }
-
-
-def identity(model: ModelConfig) -> dict[str, Any]:
-  """As openmoe.train.identity, which cannot be imported here: it brings the data pipeline along."""
-  names = ('vocab_size', 'num_layers', 'embed_dim', 'mlp_dim', 'num_heads', 'head_dim')
-  fields = {name: getattr(model, name) for name in ('name', *names, 'num_sparse_layers')}
-  fields['num_experts'] = model.moe.num_experts if model.moe else 0
-  return fields
 
 
 def _moment(row: Row, slot: str) -> str:
