@@ -190,7 +190,7 @@ class HfSink(Sink):
       return target
     first, _ = row.rows_of(target.stored.rows)
     write = lambda start, x: target.write(first + start, x)
-    return Writable(_part(target.stored, row), write)
+    return Writable(_part(target.stored, row), write, target.sync)
 
   def finish(self) -> None:
     write = lambda name, value: write_synced(

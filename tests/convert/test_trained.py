@@ -88,8 +88,6 @@ def test_large_parameters_are_saved_in_chunks_of_a_layer(state, tmp_path, monkey
 
 
 def restored_state(run, state):
-  reader = checkpoint.Checkpointer(
-    run, keep=1, identity=identity(case.CONFIG), read_only=True
-  )
+  reader = checkpoint.Checkpointer(run, keep=1, identity=identity(case.CONFIG), read_only=True)
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
   return reader.restore(case.STEP, abstract)[0]
