@@ -16,7 +16,7 @@ from convert.names import Row, name_table
 from convert.tensors import ConvertError, Stored, as_bytes, cast, is_finite, same_bytes
 from openmoe.config import ModelConfig
 
-_MODULES = ('attention', 'router', 'experts', 'extra_mlp', 'mlp', 'norm')
+_MODULES = ('router', 'attention', 'experts', 'extra_mlp', 'mlp', 'moe')
 
 
 def _pairs(a: Form, b: Form, row: Row) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -67,16 +67,16 @@ def verify(a: Form, b: Form, config: ModelConfig, logits: bool = True) -> tuple[
     shapes already keep the two from being the same model)
   """
   problems = []
-  shapes = model_shapes(config)
+  rows, shapes = list(name_table(config)), model_shapes(config)
   for form in (a, b):
-    problems += [f'{form.path}: {problem}' for problem in form.check_names(config)]
+    problems += [f'{form.path}: {problem}' for problem in form.check_names(rows)]
   if problems:
     return problems, {}
   for form in (a, b):
-    problems += [f'{form.path}: {p}' for p in check_shapes(form, config, shapes)]
+    problems += [f'{form.path}: {p}' for p in check_shapes(form, rows, shapes)]
   if problems:
     return problems, {}
-  for row in name_table(config):
+  for row in rows:
     try:
       worst = _largest_difference(a, b, row)
     except ConvertError as error:
@@ -100,7 +100,7 @@ def _largest_difference(a: Form, b: Form, row: Row) -> float | None:
   for _, x, y in _pairs(a, b, row):
     if x.dtype.itemsize < y.dtype.itemsize:
       x, y = y, x
-    x = np.ascontiguousarray(cast(x, y.dtype, row.hf))
+    x = np.ascontiguousarray(cast(x, y.dtype, row.name))
     if same_bytes(x, np.ascontiguousarray(y)):
       continue
     equal = False
@@ -131,8 +131,12 @@ def module(row: Row) -> str:
   """A row's module, for summaries."""
   if row.layer is None:
     return row.ours.split('/', 1)[0]
-  place = row.ours.split('/', 2)[-1]
-  return next(name for name in _MODULES if name in place)
+  return next(name for name in _MODULES if name in row.place)
+
+
+def mixture(row: Row) -> int | str:
+  """Which router a row belongs to; a layer of JetMoE has one more, that of its attention."""
+  return f'{row.layer} attention' if row.place.startswith('attention/') else row.layer
 
 
 def diff(a: Form, b: Form, config: ModelConfig) -> dict:
@@ -141,29 +145,29 @@ def diff(a: Form, b: Form, config: ModelConfig) -> dict:
   Returns:
     {'modules': {module: relative change}, 'tensors': {name: relative change},
      'router_drift': {layer: relative change}, 'experts': {layer: [relative change by expert]}};
-    a relative change is |b - a| / |a|.
+    a relative change is |b - a| / |a|. Layers are those of mixture().
 
   Raises:
     ConvertError: the two are not of the same model.
   """
+  rows, shapes = list(name_table(config)), model_shapes(config)
   for form in (a, b):
-    problems = form.check_names(config)
-    problems = problems or check_shapes(form, config, model_shapes(config))
+    problems = form.check_names(rows) or check_shapes(form, rows, shapes)
     if problems:
       raise ConvertError(f'{form.path}: {"; ".join(problems[:8])}')
   modules, tensors = collections.defaultdict(Change), collections.defaultdict(Change)
-  experts: dict[int, dict[int, Change]] = {}
-  routers: dict[int, float] = {}
-  for row in name_table(config):
+  experts: dict[int | str, dict[int, Change]] = {}
+  routers: dict[int | str, float] = {}
+  for row in rows:
     for start, x, y in _pairs(a, b, row):
       modules[module(row)].add(x, y)
-      tensors[row.hf].add(x, y)
+      tensors[row.name].add(x, y)
       if row.experts:
-        layer = experts.setdefault(row.layer, collections.defaultdict(Change))
+        layer = experts.setdefault(mixture(row), collections.defaultdict(Change))
         for i in range(len(x)):
           layer[start + i].add(x[i], y[i])
     if module(row) == 'router':
-      routers[row.layer] = tensors[row.hf].relative
+      routers[mixture(row)] = tensors[row.name].relative
   return {
     'modules': {name: change.relative for name, change in modules.items()},
     'tensors': {name: change.relative for name, change in tensors.items()},
@@ -174,13 +178,14 @@ def diff(a: Form, b: Form, config: ModelConfig) -> dict:
 
 def fsck(form: Form, config: ModelConfig) -> list[str]:
   """Everything that is wrong with one checkpoint; each phrase names the tensor or file."""
-  problems = list(form.problems())
-  problems += form.check_names(config)
+  rows, shapes = list(name_table(config)), model_shapes(config)
+  problems = [*form.problems(), *form.check_names(rows)]
   recorded = {line['target']: line for line in (form.receipt() or {}).get('tensors', ())}
-  named = {form.parameter(row).name: row for row in name_table(config) if _there(form, row)}
-  shapes = model_shapes(config)
+  named = {form.parameter(row).name: row for row in rows if _there(form, row)}
+  if len(named) == len(rows):
+    problems += form.alias_problems(rows)
   for row in named.values():
-    expected = shapes[row.hf]
+    expected = shapes[row.name]
     if form.transposed(row):
       expected = (*expected[:-2], expected[-1], expected[-2])
     stored = form.parameter(row)

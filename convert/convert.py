@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from convert.ours import OursForm, OursSink, is_ours
 from convert.stream import Job, Workplace
 from convert.t5x import T5xForm, T5xSink, is_t5x
 from convert.tensors import DTYPES, ConvertError, Stored, digest
-from openmoe.config import ModelConfig
+from openmoe.config import Architecture, ModelConfig
 from openmoe.train_state import abstract_params
 
 FORMS: dict[str, Callable[[epath.Path], Form]] = {'t5x': T5xForm, 'hf': HfForm, 'ours': OursForm}
@@ -105,16 +105,21 @@ def _target_dtype(source: Mapping[str, Stored], wanted: str | None) -> np.dtype:
   return known.pop()
 
 
-def _sink(kind: str, place: epath.Path, out: epath.Path, step: int, form: Form, options: Options):
+def _sink(
+  plan: Mapping[str, Any], place: epath.Path, out: epath.Path, form: Form, options: Options
+) -> Sink:
+  kind, step = plan['target']['kind'], plan['target']['step']
   match kind:
     case 't5x':
       return T5xSink(place, step, options.codec)
     case 'ours':
-      return OursSink(place, step, {'converted_from': f'{form.kind}: {form.path.name}'})
+      about = {'model': plan['model'], 'hf_fields': dict(form.kept_fields)}
+      return OursSink(place, step, about | {'converted_from': f'{form.kind}: {form.path.name}'})
     case 'hf':
       remote = '://' in os.fspath(out)
       staging = Path(tempfile.mkdtemp(prefix='openmoe_convert_')) if remote else None
-      return HfSink(place, form.step, options.max_shard, options.tokenizer, staging)
+      files, kept = options.tokenizer, form.kept_fields
+      return HfSink(place, form.step, options.max_shard, files, staging, kept)
   raise AssertionError(kind)
 
 
@@ -122,7 +127,7 @@ class _CommonShape:
   """A source as the common layout has it, for a sink to lay out its files."""
 
   def __init__(self, form: Form, config: ModelConfig):
-    self.stored = {row.hf: self._one(form, row) for row in name_table(config)}
+    self.stored = {row.name: self._one(form, row) for row in name_table(config)}
 
   @staticmethod
   def _one(form: Form, row: Row) -> Stored:
@@ -135,12 +140,12 @@ class _CommonShape:
 
 
 def check_shapes(
-  form: Form, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+  form: Form, rows: Iterable[Row], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
   """One phrase per parameter whose shape is not the model's."""
   problems = []
-  for row in name_table(config):
-    stored, expected = form.parameter(row), shapes[row.hf]
+  for row in rows:
+    stored, expected = form.parameter(row), shapes[row.name]
     if form.transposed(row):
       expected = (*expected[:-2], expected[-1], expected[-2])
     if tuple(stored.shape) != tuple(expected):
@@ -150,24 +155,23 @@ def check_shapes(
 
 @functools.cache
 def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Shape of every row in the common layout, by PyTorch name; from the model itself."""
+  """Shape of every row in the common layout, by its name; from the model itself."""
   shapes = flax.traverse_util.flatten_dict(abstract_params(config)[0], sep='/')
   ours = {path: leaf.shape for path, leaf in shapes.items()}
   return expected_shapes(name_table(config), ours)
 
 
-def check_source(form: Form, config: ModelConfig) -> None:
+def check_source(form: Form, rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]) -> None:
   """Refuses a source whose names or shapes are not the model's.
 
   Raises:
     NamesError, ConvertError: naming every tensor at fault.
   """
-  problems = form.check_names(config)
+  problems = form.check_names(rows)
   if problems:
     shown = '; '.join(problems[:8]) + f'; and {len(problems) - 8} more' * (len(problems) > 8)
     raise NamesError(f'{form.path}: {shown}. Is --model the one that these weights belong to?')
-  problems = check_shapes(form, config, model_shapes(config))
-  problems += list(form.alias_problems(config)) if isinstance(form, HfForm) else []
+  problems = check_shapes(form, rows, shapes) or list(form.alias_problems(rows))
   if problems:
     raise ConvertError(f'{form.path}: {"; ".join(problems[:8])}. Is --model the right one?')
 
@@ -212,7 +216,9 @@ def _compare_logits(
     ConvertError: they differ more than the change of dtype explains.
   """
   tokens = seeded_tokens(config.vocab_size)
-  result = agreement(forward(form, config, tokens), forward(made, config, tokens))
+  source = forward(form, config, tokens)
+  follow = None if lossless or not source.experts.size else source.experts
+  result = agreement(source, forward(made, config, tokens, follow))
   # Nothing changed, so nothing may differ but the order of sums in the output layer.
   limit = (1e-5 if lossless else _LOGIT_SHARE) * max(result['largest_logit'], 1.0)
   if not result['max_logit_difference'] <= limit:
@@ -254,7 +260,13 @@ def convert(form: Form, kind: str, out: str, model: str | None, options: Options
     ConvertError, NamesError: nothing appears under the final name; the message says why.
   """
   config = sizes.of_form(form, model)
-  check_source(form, config)
+  if kind == 't5x' and config.architecture is not Architecture.OPENMOE:
+    raise ConvertError(
+      f'--to t5x: {config.name} is a {config.architecture.value}, for which t5x has no model and '
+      'no names; export it --to hf.'
+    )
+  rows, shapes = list(name_table(config)), model_shapes(config)
+  check_source(form, rows, shapes)
   common = _CommonShape(form, config).stored
   dtype = _target_dtype(common, options.dtype)
   step = form.step or 0
@@ -275,7 +287,7 @@ def convert(form: Form, kind: str, out: str, model: str | None, options: Options
   work = Workplace(final, plan)
   try:
     began = time.perf_counter()
-    sink = _sink(kind, work.path, final, step, form, options)
+    sink = _sink(plan, work.path, final, form, options)
     sink.prepare(config, common, dtype)
     if slots:
       sink.prepare_slots(slots)
@@ -286,7 +298,7 @@ def convert(form: Form, kind: str, out: str, model: str | None, options: Options
     seconds = time.perf_counter() - began
     # Reading it as any other checkpoint also checks names, files and headers.
     made = FORMS[kind](getattr(sink, 'local', work.path))
-    check_source(made, config)
+    check_source(made, rows, shapes)
     comparison = None
     if options.logits:
       lossless = all('cast' not in line['operation'] for line in lines)

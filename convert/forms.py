@@ -10,13 +10,14 @@ from __future__ import annotations
 import abc
 import json
 import os
-from collections.abc import Iterator, Mapping
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from convert.names import Row, name_table
+from convert.names import Row
 from convert.tensors import Stored, Writable, digest
 from openmoe.config import ModelConfig
 
@@ -31,11 +32,13 @@ class Form(abc.ABC):
     kind: 't5x', 'hf' or 'ours'.
     path: of the checkpoint itself.
     step: optimizer steps, None if the form does not say.
+    kept_fields: what the config.json of a Hugging Face folder told beyond the model's sizes.
   """
 
   kind: str
   path: epath.Path
   step: int | None = None
+  kept_fields: Mapping[str, Any] = types.MappingProxyType({})
 
   @abc.abstractmethod
   def tensors(self) -> dict[str, Stored]:
@@ -46,8 +49,8 @@ class Form(abc.ABC):
     """The tensor of a row, in this form's layout."""
 
   @abc.abstractmethod
-  def check_names(self, config: ModelConfig) -> list[str]:
-    """One phrase per parameter that is missing, unknown or doubled."""
+  def check_names(self, rows: Sequence[Row]) -> list[str]:
+    """One phrase per parameter of a model that is missing, unknown or doubled."""
 
   @abc.abstractmethod
   def sizes(self) -> dict[str, Any]:
@@ -55,6 +58,11 @@ class Form(abc.ABC):
 
   def problems(self) -> Iterator[str]:
     """What is wrong with the files themselves, beyond names and values."""
+    return iter(())
+
+  def alias_problems(self, rows: Iterable[Row]) -> Iterator[str]:
+    """One phrase per tensor that is stored twice and differs from itself."""
+    del rows
     return iter(())
 
   def receipt(self) -> Mapping[str, Any] | None:
@@ -114,7 +122,7 @@ class Sink(abc.ABC):
     """Lays out files for every row.
 
     Args:
-      sources: stored source tensor by row.hf: shapes in the common layout and units of reading.
+      sources: stored source tensor by row.name: shapes in the common layout and units of reading.
       dtype: of the floating tensors to write.
     """
 
@@ -125,7 +133,3 @@ class Sink(abc.ABC):
   @abc.abstractmethod
   def finish(self) -> None:
     """Writes what is left, after all tensors are in place."""
-
-
-def rows_by_hf(config: ModelConfig) -> dict[str, Row]:
-  return {row.hf: row for row in name_table(config)}

@@ -1,16 +1,18 @@
 """Hugging Face folders: config.json, weights in .safetensors or .bin shards, tokenizer files.
 
-Written folders hold our own PyTorch model beside the weights, so they load with
-trust_remote_code=True and nothing else; see convert/torch/.
+Written folders of OpenMoE hold our own PyTorch model beside the weights, so they load with
+trust_remote_code=True and nothing else; see convert/torch/. JetMoE is transformers' own model.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,10 @@ from etils import epath
 
 from convert import hf_config
 from convert.forms import Form, Sink
-from convert.names import Row, name_problems, name_table
+from convert.names import Row, hf_names, name_problems, name_table
 from convert.pickled import read_bin
 from convert.safetensor import SafetensorsFile, read_safetensors
-from convert.tensors import ConvertError, Stored, Writable, same_bytes, write_synced
+from convert.tensors import ConvertError, Stored, Writable, write_synced
 from openmoe.config import ModelConfig
 
 TORCH_SOURCES = pathlib.Path(__file__).parent / 'torch'
@@ -48,6 +50,7 @@ class HfForm(Form):
     except (OSError, ValueError) as error:
       raise ConvertError(f'{self.path}/config.json cannot be read: {error}') from error
     self.step = self.config.get('openmoe_step')
+    self.kept_fields = hf_config.kept(self.config)
     self._files, self._index = self._find_files()
     self._tensors: dict[str, Stored] = {}
     self._doubled: list[str] = []
@@ -83,13 +86,15 @@ class HfForm(Form):
     return dict(self._tensors)
 
   def parameter(self, row: Row) -> Stored:
-    return self._tensors[row.hf]
+    stored = self._tensors[row.hf]
+    if row.part == (0, 1) or stored.rows % row.part[1]:
+      return stored  # of a shape that is refused, where it does not divide
+    return _part(stored, row)
 
-  def check_names(self, config: ModelConfig) -> list[str]:
-    rows = list(name_table(config))
+  def check_names(self, rows: Sequence[Row]) -> list[str]:
     aliases = {alias for row in rows for alias in row.hf_aliases}
     found = [name for name in self._tensors if name not in aliases]
-    return name_problems([*found, *self._doubled], [row.hf for row in rows])
+    return name_problems([*found, *self._doubled], hf_names(rows))
 
   def sizes(self) -> dict[str, Any]:
     return hf_config.sizes(self.config)
@@ -103,14 +108,24 @@ class HfForm(Form):
     for name in self._doubled:
       yield f'{name} is there more than once'
 
-  def alias_problems(self, config: ModelConfig) -> Iterator[str]:
+  def alias_problems(self, rows: Iterable[Row]) -> Iterator[str]:
     """Tied tensors that are written twice must be the same twice."""
-    for row in name_table(config):
+    for row in rows:
       for alias in row.hf_aliases:
-        if alias in self._tensors and not same_bytes(
-          self._tensors[alias].whole(), self.parameter(row).whole()
-        ):
+        there = self._tensors.get(alias)
+        if there is not None and there.sha256() != self.parameter(row).sha256():
           yield f'{alias} differs from {row.hf}, to which it is tied'
+
+
+def _part(stored: Stored, row: Row) -> Stored:
+  """The rows of a tensor that are a row of the table."""
+  first, stop = row.rows_of(stored.rows)
+  return dataclasses.replace(
+    stored,
+    name=row.name,
+    shape=(stop - first, *stored.shape[1:]),
+    read=lambda a, b: stored.read(first + a, first + b),
+  )
 
 
 class HfSink(Sink):
@@ -122,7 +137,7 @@ class HfSink(Sink):
     step: noted in config.json.
     max_shard: bytes of a weight file, unless one tensor is larger.
     extra_files: tokenizer files to copy along.
-    dtype_name: for config.json.
+    kept_fields: of the config.json that the weights once came with.
   """
 
   kind = 'hf'
@@ -134,10 +149,11 @@ class HfSink(Sink):
     max_shard: int = MAX_SHARD,
     extra_files: Sequence[pathlib.Path] = (),
     staging: pathlib.Path | None = None,
+    kept_fields: Mapping[str, Any] | None = None,
   ):
     self._path, self._step, self._max_shard = path, step, max_shard
     self.local = epath.Path(staging) if staging else path
-    self._extra = list(extra_files)
+    self._extra, self._kept = list(extra_files), dict(kept_fields or {})
     self._files: dict[str, SafetensorsFile] = {}
     self._where: dict[str, str] = {}
 
@@ -146,10 +162,14 @@ class HfSink(Sink):
     shards: list[list[tuple[str, tuple, np.dtype]]] = [[]]
     size, total = 0, 0
     for row in name_table(config):
-      shape = sources[row.hf].shape
+      number, count = row.part
+      if number:
+        continue  # laid out with the first part
+      shape = sources[row.name].shape
       if row.transposed:
         shape = (*shape[:-2], shape[-1], shape[-2])
-      nbytes = int(np.prod(shape)) * dtype.itemsize
+      shape = (count * shape[0], *shape[1:])
+      nbytes = math.prod(shape) * dtype.itemsize
       if shards[-1] and size + nbytes > self._max_shard:
         shards.append([])
         size = 0
@@ -165,7 +185,12 @@ class HfSink(Sink):
       self._where |= dict.fromkeys((tensor for tensor, _, _ in tensors), name)
 
   def parameter(self, row: Row) -> Writable:
-    return self._files[self._where[row.hf]].writable(row.hf)
+    target = self._files[self._where[row.hf]].writable(row.hf)
+    if row.part == (0, 1):
+      return target
+    first, _ = row.rows_of(target.stored.rows)
+    write = lambda start, x: target.write(first + start, x)
+    return Writable(_part(target.stored, row), write, target.sync)
 
   def finish(self) -> None:
     write = lambda name, value: write_synced(
@@ -173,8 +198,8 @@ class HfSink(Sink):
     )
     if len(self._files) > 1:
       write(INDEX, {'metadata': {'total_size': self._total}, 'weight_map': self._where})
-    write('config.json', hf_config.to_hf(self._config, self._dtype.name, self._step))
-    write('generation_config.json', hf_config.generation())
+    write('config.json', hf_config.to_hf(self._config, self._dtype.name, self._step, self._kept))
+    write('generation_config.json', hf_config.generation(self._kept))
     for name in hf_config.sources(self._config):
       shutil.copyfile(TORCH_SOURCES / name, self.local / name)
     for file in self._extra:

@@ -1,7 +1,7 @@
 """config.json of a Hugging Face folder and our configurations, one from the other.
 
-Field names are those of the published PyTorch port, so its folders are read as they are, although
-they call themselves model_type "llama".
+Field names of OpenMoE are those of the published PyTorch port, so its folders are read as they are,
+although they call themselves model_type "llama"; JetMoE's are in convert/hf_jetmoe.py.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from convert import hf_jetmoe
 from convert.tensors import ConvertError
-from openmoe.config import CapacityConvention, Dispatch, ModelConfig
+from openmoe.config import Architecture, CapacityConvention, Dispatch, ModelConfig
 
 MODEL_TYPE = 'openmoe'
 PAD, BOS, EOS = 0, 0, 1  # the vocabulary has no BOS of its own: padding begins a text
 MAX_POSITIONS = 2048
+_TOKENS = {'pad_token_id': PAD, 'bos_token_id': BOS, 'eos_token_id': EOS}
+# What config.json tells and ModelConfig has no place for; imports keep it for exports.
+_KEPT = (*_TOKENS, 'max_position_embeddings')
 _FIELDS = {
   'vocab_size': 'vocab_size',
   'num_hidden_layers': 'num_layers',
@@ -36,16 +40,19 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     ConvertError: the folder is of another architecture, or a size is missing.
   """
+  if hf_jetmoe.is_jetmoe(config):
+    return hf_jetmoe.sizes(config)
   architecture = (config.get('architectures') or ['?'])[0]
   if config.get('model_type') != MODEL_TYPE and 'openmoe' not in architecture.lower():
     raise ConvertError(
-      f'config.json is of {config.get("model_type")!r} ({architecture}), not of OpenMoE.'
+      f'config.json is of {config.get("model_type")!r} ({architecture}), not of OpenMoE or JetMoE.'
     )
   missing = [name for name in _FIELDS if name not in config]
   if missing:
     raise ConvertError(f'config.json lacks {missing}.')
   found = {ours: config[theirs] for theirs, ours in _FIELDS.items()}
   found['name'] = config.get('openmoe_name')
+  found['architecture'] = Architecture.OPENMOE.value
   experts, interval = config.get('num_experts') or 0, config.get('moe_layer_interval') or 0
   found['num_experts'] = experts
   found['num_sparse_layers'] = found['num_layers'] // interval if experts and interval else 0
@@ -62,8 +69,33 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
   return found
 
 
-def to_hf(config: ModelConfig, dtype: str, step: int | None) -> dict[str, Any]:
-  """config.json of a model."""
+def kept(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Fields of a config.json that an export of the imported weights should have again.
+
+  None of OpenMoE: all its checkpoints share one vocabulary, and the port's own ids are wrong.
+  """
+  names = _KEPT if hf_jetmoe.is_jetmoe(config) else ()
+  return {name: config[name] for name in names if name in config}
+
+
+def to_hf(
+  config: ModelConfig, dtype: str, step: int | None, kept_fields: Mapping[str, Any]
+) -> dict[str, Any]:
+  """config.json of a model.
+
+  Args:
+    kept_fields: what kept() found where the weights were imported.
+  """
+  match config.architecture:
+    case Architecture.OPENMOE:
+      fields = _openmoe(config)
+    case Architecture.JETMOE:
+      fields = hf_jetmoe.to_hf(config)
+  fields |= _TOKENS | {'dtype': dtype} | dict(kept_fields)
+  return fields if step is None else fields | {'openmoe_step': step}
+
+
+def _openmoe(config: ModelConfig) -> dict[str, Any]:
   fields: dict[str, Any] = {
     'architectures': ['OpenMoeForCausalLM'],
     'auto_map': {
@@ -72,10 +104,6 @@ def to_hf(config: ModelConfig, dtype: str, step: int | None) -> dict[str, Any]:
     },
     'model_type': MODEL_TYPE,
     'openmoe_name': config.name,
-    'dtype': dtype,
-    'pad_token_id': PAD,
-    'bos_token_id': BOS,
-    'eos_token_id': EOS,
     'hidden_act': 'swiglu',
     'max_position_embeddings': MAX_POSITIONS,
     'num_key_value_heads': config.num_heads,
@@ -86,8 +114,6 @@ def to_hf(config: ModelConfig, dtype: str, step: int | None) -> dict[str, Any]:
     'z_loss_factor': 1e-4,
   }
   fields |= {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
-  if step is not None:
-    fields['openmoe_step'] = step
   moe = config.moe
   if moe is None:
     return fields | {'num_experts': 0, 'moe_layer_interval': 1}
@@ -109,13 +135,16 @@ def to_hf(config: ModelConfig, dtype: str, step: int | None) -> dict[str, Any]:
   }
 
 
-def generation() -> dict[str, Any]:
-  return {'pad_token_id': PAD, 'bos_token_id': BOS, 'eos_token_id': EOS, 'do_sample': False}
+def generation(kept_fields: Mapping[str, Any]) -> dict[str, Any]:
+  """generation_config.json."""
+  tokens = {name: kept_fields.get(name, default) for name, default in _TOKENS.items()}
+  return tokens | {'do_sample': False}
 
 
 def sources(config: ModelConfig) -> tuple[str, ...]:
-  """Python files that go beside the weights."""
-  del config
+  """Python files that go beside the weights: none where transformers has the model."""
+  if config.architecture is Architecture.JETMOE:
+    return ()
   return ('configuration_openmoe.py', 'experts_openmoe.py', 'modeling_openmoe.py')
 
 
@@ -124,7 +153,7 @@ license: apache-2.0
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- openmoe
+- {architecture}
 - mixture-of-experts
 ---
 
@@ -136,10 +165,11 @@ with `python -m convert export --to hf`; `conversion_receipt.json` has the diges
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(FOLDER{remote})
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
-
+{notes}"""
+_OPENMOE_NOTES = """
 A text begins with token 0, which is also the padding: pass an `attention_mask` that covers it.
 Routing is dropless; `router_capacity` in the configuration selects the conventions with capacity.
 """
@@ -148,6 +178,14 @@ Routing is dropless; `router_capacity` in the configuration selects the conventi
 def card(config: ModelConfig, dtype: str) -> str:
   """README.md with the front matter that the hub reads."""
   kind = f'Mixture-of-experts ({config.moe.num_experts} experts)' if config.moe else 'Dense'
+  own = config.architecture is Architecture.OPENMOE
   return _CARD.format(
-    name=config.name, kind=kind, layers=config.num_layers, embed=config.embed_dim, dtype=dtype
+    name=config.name,
+    architecture=config.architecture.value,
+    kind=kind,
+    layers=config.num_layers,
+    embed=config.embed_dim,
+    dtype=dtype,
+    remote=', trust_remote_code=True' if own else '',
+    notes=_OPENMOE_NOTES if own else '',
   )

@@ -4,7 +4,7 @@ Ours are stacked over scanned layers; elsewhere every layer has arrays of its ow
 which slice of which of our arrays is which foreign tensor, and how the two are laid out. Readers,
 writers, checks and tests all go through these rows, so a name is written down once.
 
-Another architecture adds a function that yields its rows and a line in TABLES.
+Another architecture adds a function that yields its rows and a line in _TABLES.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from openmoe.config import ModelConfig
+from openmoe.config import Architecture, ModelConfig
 from openmoe.models.openmoe import group_shape
 
 
@@ -25,14 +25,16 @@ class NamesError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One foreign tensor.
+  """One foreign tensor, or a part of one.
 
   Attributes:
     ours: '/'-joined path of our array.
-    index: leading indices into it (group, or group and dense layer); () takes it whole.
+    index: leading indices into it (group, group and dense layer, or layer); () takes it whole.
     t5x: '/'-joined path in a t5x / flaxformer checkpoint; None where there is no such thing.
     hf: name in a PyTorch state_dict.
+    part: (i, n): the PyTorch tensor is n of these, joined along its first axis; this is number i.
     layer: 0-based layer, None outside the stack.
+    block: what `ours` begins with inside the stack, such as 'decoder/sparse/'.
     gated: ours is [..., d, 2, f] where the others have [..., d, 2f].
     transposed: the PyTorch tensor has the last two axes of the t5x one exchanged.
     experts: the first axis of the tensor counts experts.
@@ -43,11 +45,29 @@ class Row:
   index: tuple[int, ...]
   t5x: str | None
   hf: str
+  part: tuple[int, int] = (0, 1)
   layer: int | None = None
+  block: str = ''
   gated: bool = False
   transposed: bool = False
   experts: bool = False
   hf_aliases: tuple[str, ...] = ()
+
+  @property
+  def name(self) -> str:
+    """Of this row alone: the PyTorch name, with the part where there are several."""
+    number, count = self.part
+    return self.hf if count == 1 else f'{self.hf}[{number} of {count}]'
+
+  @property
+  def place(self) -> str:
+    """Path inside the block; the whole path outside the stack."""
+    return self.ours.removeprefix(self.block)
+
+  def rows_of(self, total: int) -> tuple[int, int]:
+    """(first, last + 1) of the rows that are this part, of a PyTorch tensor of `total` rows."""
+    number, count = self.part
+    return number * total // count, (number + 1) * total // count
 
   def to_t5x(self, ours: np.ndarray) -> np.ndarray:
     """The foreign tensor from our whole array."""
@@ -61,13 +81,14 @@ class Row:
     return theirs.reshape(*theirs.shape[:-1], 2, theirs.shape[-1] // 2)
 
   def to_hf(self, ours: np.ndarray) -> np.ndarray:
-    """The PyTorch tensor from our whole array."""
+    """The PyTorch tensor, or this part of it, from our whole array."""
     x = self.to_t5x(ours)
     return x.swapaxes(-1, -2) if self.transposed else x
 
   def from_hf(self, theirs: np.ndarray) -> np.ndarray:
-    """Our slice from the PyTorch tensor."""
-    return self.from_t5x(theirs.swapaxes(-1, -2) if self.transposed else theirs)
+    """Our slice from the whole PyTorch tensor."""
+    x = theirs[slice(*self.rows_of(len(theirs)))]
+    return self.from_t5x(x.swapaxes(-1, -2) if self.transposed else x)
 
 
 # Inside a block: our path -> (t5x path, PyTorch name). Kernels of PyTorch's Linear are [out, in]
@@ -113,7 +134,8 @@ def _openmoe_rows(config: ModelConfig) -> Iterator[Row]:
         index,
         f'decoder/layers_{layer}/{t5x}',
         f'model.layers.{layer}.{hf}',
-        layer,
+        layer=layer,
+        block=f'decoder/{kind}/',
         gated='wi_0' in ours,
         transposed=ours.endswith('kernel') and not experts,
         experts=experts,
@@ -123,13 +145,88 @@ def _openmoe_rows(config: ModelConfig) -> Iterator[Row]:
   yield Row(logits, (), f'decoder/{logits}', 'lm_head.weight', transposed=True)
 
 
-# One line per architecture: its configuration class -> the rows of a model.
-TABLES: dict[type, Callable[..., Iterator[Row]]] = {ModelConfig: _openmoe_rows}
+# The same of transformers' JetMoE, whose expert stacks are [expert, out, in].
+_JETMOE = {
+  'pre_attention_norm/scale': 'input_layernorm.weight',
+  'attention/bias': 'self_attention.experts.bias',
+  'attention/query/kernel': 'self_attention.experts.input_linear.weight',
+  'attention/out/kernel': 'self_attention.experts.output_linear.weight',
+  'attention/router/kernel': 'self_attention.experts.router.layer.weight',
+  'attention/key/kernel': 'self_attention.kv_proj.weight',
+  'attention/value/kernel': 'self_attention.kv_proj.weight',
+  'pre_mlp_norm/scale': 'post_attention_layernorm.weight',
+  'moe/bias': 'mlp.bias',
+  'moe/experts/wi_0/kernel': 'mlp.input_linear.weight',
+  'moe/experts/wo/kernel': 'mlp.output_linear.weight',
+  'moe/router/kernel': 'mlp.router.layer.weight',
+}
+_JETMOE_PARTS = {'attention/key/kernel': (0, 2), 'attention/value/kernel': (1, 2)}
+_JETMOE_EXPERTS = ('attention/query/', 'attention/out/', 'moe/experts/')
+
+
+def _jetmoe_rows(config: ModelConfig, backbone: str = '') -> Iterator[Row]:
+  """Rows of JetMoE; `backbone` is what our paths begin with."""
+  embedding, block = f'{backbone}token_embedder/embedding', f'{backbone}decoder/'
+  # Tied: state dicts and .bin files may repeat it as the output layer.
+  aliases = () if backbone else ('lm_head.weight',)
+  yield Row(embedding, (), None, 'model.embed_tokens.weight', hf_aliases=aliases)
+  for layer in range(config.num_layers):
+    for ours, hf in _JETMOE.items():
+      yield Row(
+        f'{block}{ours}',
+        (layer,),
+        None,
+        f'model.layers.{layer}.{hf}',
+        part=_JETMOE_PARTS.get(ours, (0, 1)),
+        layer=layer,
+        block=block,
+        gated='wi_0' in ours,
+        transposed=ours.endswith('kernel'),
+        experts=ours.startswith(_JETMOE_EXPERTS),
+      )
+  yield Row(f'{backbone}decoder_norm/scale', (), None, 'model.norm.weight')
+
+
+_TABLES: dict[Architecture, Callable[[ModelConfig], Iterator[Row]]] = {
+  Architecture.OPENMOE: _openmoe_rows,
+  Architecture.JETMOE: _jetmoe_rows,
+}
 
 
 def name_table(config: ModelConfig) -> Iterator[Row]:
-  """Every foreign tensor of a model, in layer order."""
-  return TABLES[type(config)](config)
+  """Every foreign tensor of a language model, in layer order."""
+  return _TABLES[config.architecture](config)
+
+
+def classifier_table(config: ModelConfig) -> Iterator[Row]:
+  """As name_table, for models.classifier beside transformers' JetMoeForSequenceClassification.
+
+  Raises:
+    NamesError: transformers has no such class for this architecture.
+  """
+  if config.architecture is not Architecture.JETMOE:
+    raise NamesError(
+      f'{config.name} is an {config.architecture.value}, which has no published sequence '
+      'classifier; classifiers convert for jetmoe.'
+    )
+  yield from _jetmoe_rows(config, 'backbone/')
+  yield Row('score/kernel', (), None, 'score.weight', transposed=True)
+
+
+def hf_names(rows: Iterable[Row]) -> list[str]:
+  """PyTorch names, each once, in order; tied tensors are not repeated."""
+  return list(dict.fromkeys(row.hf for row in rows))
+
+
+def to_hf(rows: Iterable[Row], ours: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """A PyTorch state_dict from our whole arrays by '/'-joined path, all in memory."""
+  parts: dict[str, list[np.ndarray]] = {}
+  for row in rows:
+    parts.setdefault(row.hf, []).append(row.to_hf(ours[row.ours]))
+  return {
+    name: np.ascontiguousarray(x[0] if len(x) == 1 else np.concatenate(x))
+    for name, x in parts.items()
+  }
 
 
 def check_names(found: Iterable[str], expected: Iterable[str], where: str) -> None:
@@ -169,7 +266,7 @@ def name_problems(found: Iterable[str], expected: Iterable[str]) -> list[str]:
 
 
 def expected_shapes(rows: Iterable[Row], ours: Mapping[str, tuple[int, ...]]) -> dict[str, tuple]:
-  """t5x-layout shape of every row, by our path and index: {row.hf: shape}.
+  """Shape of every row in the common layout, t5x's: {row.name: shape}.
 
   Args:
     ours: shapes of our stacked arrays by path.
@@ -179,5 +276,5 @@ def expected_shapes(rows: Iterable[Row], ours: Mapping[str, tuple[int, ...]]) ->
     shape = ours[row.ours][len(row.index) :]
     if row.gated:
       shape = (*shape[:-2], shape[-2] * shape[-1])
-    shapes[row.hf] = tuple(shape)
+    shapes[row.name] = tuple(shape)
   return shapes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from convert.names import Row, name_problems, name_table
 from convert.tensors import ConvertError, Stored, Writable, write_synced
 from convert.zarrays import ZarrStore, missing_chunks
 from openmoe import manifest
-from openmoe.config import ModelConfig
+from openmoe.config import Architecture, ModelConfig
+from openmoe.train_state import identity
 
 MOMENTS = ('v', 'v_row', 'v_col')
 CODEC = None  # float weights hardly compress, and an uncompressed chunk is read five times faster
@@ -31,14 +32,6 @@ _HANDLERS = {
   'params': _STANDARD,
   'state': _STANDARD,
 }
-
-
-def identity(model: ModelConfig) -> dict[str, Any]:
-  """As openmoe.train.identity, which cannot be imported here: it brings the data pipeline along."""
-  names = ('vocab_size', 'num_layers', 'embed_dim', 'mlp_dim', 'num_heads', 'head_dim')
-  fields = {name: getattr(model, name) for name in ('name', *names, 'num_sparse_layers')}
-  fields['num_experts'] = model.moe.num_experts if model.moe else 0
-  return fields
 
 
 def _moment(row: Row, slot: str) -> str:
@@ -61,6 +54,8 @@ class OursForm(Form):
     try:
       self._facts = json.loads((self.path / 'metadata' / 'metadata').read_text())
       self.step = int(self._facts['step'])
+      self._about = self._facts.get('metadata', {})
+      self.kept_fields = self._about.get('hf_fields', {})
     except (OSError, ValueError, KeyError) as error:
       raise ConvertError(f'{self.path}/metadata cannot be read: {error!r}') from error
     self._names = {name.replace('.', '/'): name for name in self._params.names()}
@@ -77,8 +72,8 @@ class OursForm(Form):
     name = row.ours.replace('/', '.')
     return self._params.stored(name, label=label, index=row.index, merge=2 if row.gated else 0)
 
-  def check_names(self, config: ModelConfig) -> list[str]:
-    return name_problems(self._names, dict.fromkeys(row.ours for row in name_table(config)))
+  def check_names(self, rows: Sequence[Row]) -> list[str]:
+    return name_problems(self._names, dict.fromkeys(row.ours for row in rows))
 
   @property
   def has_optimizer(self) -> bool:
@@ -99,7 +94,14 @@ class OursForm(Form):
     return found
 
   def sizes(self) -> dict[str, Any]:
-    return dict(self._facts.get('identity', {}))
+    """The model's identity; all of its configuration where the weights were imported."""
+    jetmoe = 'decoder/attention/router/kernel' in self._names
+    architecture = Architecture.JETMOE if jetmoe else Architecture.OPENMOE
+    told = dict(self._facts.get('identity', {})) | {'architecture': architecture.value}
+    if model := dict(self._about.get('model', {})):
+      told['moe'] = model.pop('moe') or {}
+      told['model'] = model
+    return told
 
   def problems(self) -> Iterator[str]:
     named = re.fullmatch(r'checkpoint_(\d+)', self.path.name)
@@ -145,7 +147,7 @@ class OursSink(Sink):
     for row in rows:
       if row.ours in self._trees['params']:
         continue
-      source = sources[row.hf]
+      source = sources[row.name]
       *body, last = source.shape
       body = (*body, 2, last // 2) if row.gated else source.shape
       shape = (*lead[row.ours], *body)

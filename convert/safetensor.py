@@ -6,6 +6,7 @@ implementation of the format: 8 bytes of header length, a JSON header, the bytes
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -15,7 +16,15 @@ import numpy as np
 from etils import epath
 
 from convert.pickled import read_at
-from convert.tensors import BFLOAT16, PIECE, ConvertError, Stored, Writable, as_bytes
+from convert.tensors import (
+  BFLOAT16,
+  PIECE,
+  ConvertError,
+  Stored,
+  Writable,
+  as_bytes,
+  sync_file,
+)
 
 DTYPES = {
   'F32': np.dtype(np.float32),
@@ -130,4 +139,4 @@ class SafetensorsFile:
         for at in range(0, len(content), PIECE):
           os.pwrite(file.fileno(), content[at : at + PIECE], begin + start * row + at)
 
-    return Writable(stored, write)
+    return Writable(stored, write, functools.partial(sync_file, self._path))

@@ -17,9 +17,19 @@ from typing import Any
 
 from convert.forms import Form
 from convert.tensors import ConvertError
-from openmoe.config import ConfigError, ModelConfig, MoEConfig
+from openmoe.config import Architecture, ConfigError, ModelConfig, MoEConfig
 
 MODELS = pathlib.Path(__file__).resolve().parent.parent / 'gin' / 'models'
+# How JetMoE differs from the defaults of ModelConfig and MoEConfig, in all its sizes.
+_JETMOE = {'architecture': Architecture.JETMOE.value, 'final_norm_epsilon': 1e-5}
+_JETMOE_MOE = {
+  'dispatch': 'dropless',
+  'router_order': 'top_k_softmax',
+  'router_loss': 'sum',
+  'router_init_std': 0.01,
+  'ignore_padding': True,
+  'router_z_weight': 0.001,
+}
 _SIZES = ('vocab_size', 'num_layers', 'embed_dim', 'mlp_dim', 'num_heads', 'head_dim')
 
 
@@ -76,12 +86,26 @@ def named(model: str) -> ModelConfig:
 
 
 def _known() -> list[ModelConfig]:
-  return [named(path.stem) for path in sorted(MODELS.glob('openmoe*.gin'))]
+  return [named(path.stem) for path in sorted(MODELS.glob('*.gin'))]
 
 
 def _identity(config: ModelConfig) -> dict[str, Any]:
-  sizes = {name: getattr(config, name) for name in (*_SIZES, 'num_sparse_layers')}
-  return sizes | {'num_experts': config.moe.num_experts if config.moe else 0}
+  """What must agree for two configurations to be one model: shapes, and what is computed."""
+  sizes = {name: getattr(config, name) for name in (*_SIZES, 'num_sparse_layers', 'rope_theta')}
+  return sizes | {
+    'num_experts': config.moe.num_experts if config.moe else 0,
+    'top_k': config.moe.top_k if config.moe else 0,
+    'architecture': config.architecture.value,
+    'final_norm_epsilon': config.final_norm_epsilon or config.norm_epsilon,
+  }
+
+
+def _told(form: Form) -> dict[str, Any]:
+  """What a checkpoint tells of itself, all in one mapping beside `moe` and `model`."""
+  told = {k: v for k, v in form.sizes().items() if v is not None}
+  computed = told.get('model', {}) | told.get('moe', {})
+  names = ('rope_theta', 'final_norm_epsilon', 'top_k')
+  return told | {k: computed[k] for k in names if computed.get(k) is not None}
 
 
 def of_form(form: Form, model: str | None) -> ModelConfig:
@@ -93,7 +117,7 @@ def of_form(form: Form, model: str | None) -> ModelConfig:
   Raises:
     ConvertError: the two disagree, or the checkpoint alone does not tell enough.
   """
-  told = {k: v for k, v in form.sizes().items() if v is not None}
+  told = _told(form)
   if model is not None:
     config = named(model)
     mine = _identity(config)
@@ -109,18 +133,28 @@ def of_form(form: Form, model: str | None) -> ModelConfig:
     mine = _identity(config)
     if all(told.get(name, value) == value for name, value in mine.items()):
       return config
+  return of_told(told, str(form.path))
+
+
+def of_told(told: Mapping[str, Any], where: str) -> ModelConfig:
+  """The model of what Form.sizes() told; what it does not tell is as published.
+
+  Raises:
+    ConvertError: a size is missing.
+  """
   missing = [name for name in (*_SIZES, 'num_sparse_layers') if name not in told]
   if missing:
     raise ConvertError(
-      f'{form.path} does not tell {", ".join(missing)}; give --model (a name of gin/models, or a '
+      f'{where} does not tell {", ".join(missing)}; give --model (a name of gin/models, or a '
       'JSON file with the fields of ModelConfig).'
     )
   fields = {name: told[name] for name in (*_SIZES, 'num_sparse_layers')}
-  fields['name'] = told.get('name', 'converted')
+  fields['name'] = told.get('name') or 'converted'
+  jetmoe = told.get('architecture') == Architecture.JETMOE.value
   if fields['num_sparse_layers']:
-    moe = told.get('moe', {})
-    fields['moe'] = {'num_experts': told['num_experts']} | moe
-  return config_from(fields | told.get('model', {}), str(form.path))
+    moe = _JETMOE_MOE if jetmoe else {}
+    fields['moe'] = moe | {'num_experts': told['num_experts']} | told.get('moe', {})
+  return config_from((_JETMOE if jetmoe else {}) | fields | told.get('model', {}), where)
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:

@@ -32,11 +32,13 @@ from convert.tensors import (
   digest,
   is_finite,
   same_bytes,
+  sync_file,
   transpose,
 )
 
-THREADS = min(4, os.cpu_count() or 1)
-MEMORY = 96 << 20  # bytes in flight over all threads, unless one tensor needs more
+# Two a core: while one waits for the disk, another hashes or transposes.
+THREADS = min(8, 2 * (os.cpu_count() or 1))
+MEMORY = 96 << 20  # bytes in flight over all threads, besides one tensor that needs more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,20 +76,31 @@ class Job:
 
 
 class Budget:
-  """Lets jobs begin while their bytes together stay under a limit; one may always run."""
+  """Lets jobs begin while their bytes together stay under a limit.
+
+  One that is larger by itself may run beside them, but only one: so memory is bounded by the
+  largest job and the limit, and the others need not wait for it.
+  """
 
   def __init__(self, limit: int):
-    self._limit, self._held = limit, 0
+    self._limit, self._held, self._larger = limit, 0, False
     self._changed = threading.Condition()
 
   def acquire(self, size: int) -> None:
     with self._changed:
-      self._changed.wait_for(lambda: not self._held or self._held + size <= self._limit)
-      self._held += size
+      if size > self._limit:
+        self._changed.wait_for(lambda: not self._larger)
+        self._larger = True
+      else:
+        self._changed.wait_for(lambda: self._held + size <= self._limit)
+        self._held += size
 
   def release(self, size: int) -> None:
     with self._changed:
-      self._held -= size
+      if size > self._limit:
+        self._larger = False
+      else:
+        self._held -= size
       self._changed.notify_all()
 
 
@@ -106,7 +119,9 @@ def _outgoing(job: Job, before: Any) -> Iterator[tuple[int, np.ndarray]]:
       x = checked(x)
       yield start, cast(transpose(x) if job.transpose else x, dtype, name)
     return
-  x = checked(job.source.whole())
+  x = np.empty(job.source.shape, job.source.dtype)
+  for start, piece in job.source.pieces():
+    x[start : start + len(piece)] = checked(piece)
   step = job.target.stored.step()
   for start in range(0, job.target.stored.rows, step):
     yield start, cast(transpose(x[:, start : start + step]), dtype, name)
@@ -206,7 +221,7 @@ class Workplace:
       self._journal.write(json.dumps(line) + '\n')
       self._journal.flush()
 
-  def run(self, jobs: Sequence[Job], threads: int = THREADS) -> list[dict[str, Any]]:
+  def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """Moves every tensor that an earlier attempt has not; receipt lines in the order of `jobs`.
 
     Raises:
@@ -224,11 +239,13 @@ class Workplace:
         line = move(job)
       finally:
         budget.release(size)
+      if not self._remote:
+        job.target.sync()  # now, while others compute, and not all at the end
       with self._lock:
         self._note(line)
       return line
 
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
       futures = [pool.submit(one, job) for job in jobs]
       try:
         return [future.result() for future in futures]
@@ -244,7 +261,7 @@ class Workplace:
     (self.path / RECEIPT).write_bytes(receipt)
     _sync_tree(self.path)
     os.rename(self.path, self.out)
-    _sync(self.out.parent)
+    sync_file(self.out.parent)
     self._journal.close()
     self._journal_path.unlink()
     self.close()
@@ -285,16 +302,8 @@ def _matches(job: Job, line: Mapping[str, Any]) -> bool:
     return False  # its chunks did not all reach the disk: it is done again
 
 
-def _sync(path: os.PathLike | str) -> None:
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
-
-
 def _sync_tree(path: os.PathLike | str) -> None:
   for folder, _, files in os.walk(path, topdown=False):
     for name in files:
-      _sync(os.path.join(folder, name))
-    _sync(folder)
+      sync_file(os.path.join(folder, name))
+    sync_file(folder)

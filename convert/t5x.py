@@ -8,7 +8,7 @@ bucket of the spec are ignored, as t5x itself ignores them: a checkpoint may hav
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -19,7 +19,7 @@ from convert.forms import Form, Sink
 from convert.names import Row, name_problems, name_table
 from convert.tensors import DTYPES, ConvertError, Stored, Writable, as_bytes, write_synced
 from convert.zarrays import ZarrStore, missing_chunks
-from openmoe.config import ModelConfig
+from openmoe.config import Architecture, ModelConfig
 
 SLOTS = ('m', 'v', 'v_row', 'v_col')
 VERSION = 3
@@ -117,9 +117,9 @@ class T5xForm(Form):
   def parameter(self, row: Row) -> Stored:
     return self._stored(f'target/{row.t5x}')
 
-  def check_names(self, config: ModelConfig) -> list[str]:
+  def check_names(self, rows: Sequence[Row]) -> list[str]:
     found = [p.removeprefix('target/') for p in self._leaves if p.startswith('target/')]
-    return name_problems(found, [row.t5x for row in name_table(config)])
+    return name_problems(found, [row.t5x for row in rows])
 
   def slots(self, row: Row) -> dict[str, Stored]:
     """Adafactor's slots of a parameter by name; unused ones have shape (1,)."""
@@ -154,6 +154,7 @@ class T5xForm(Form):
       if p.startswith('target/') and p.endswith(('layers_0/mlp/wo/kernel', '/expert/wo/kernel'))
     ]
     sizes = {'num_layers': len(layers), 'num_sparse_layers': len(routers)}
+    sizes['architecture'] = Architecture.OPENMOE.value  # t5x has no other
     if 'target/token_embedder/embedding' in self._leaves:
       embedding = shape('target/token_embedder/embedding')
       sizes |= dict(zip(('vocab_size', 'embed_dim'), embedding, strict=True))
@@ -210,7 +211,7 @@ class T5xSink(Sink):
   def prepare(self, config: ModelConfig, sources: Mapping[str, Stored], dtype: np.dtype) -> None:
     self._set('state/step', np.asarray(self._step, np.int32))
     for row in name_table(config):
-      source = sources[row.hf]
+      source = sources[row.name]
       self._add(f'target/{row.t5x}', source.shape, dtype, source.step())
 
   def prepare_slots(self, slots: Mapping[str, Mapping[str, Stored]]) -> None:

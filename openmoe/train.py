@@ -41,7 +41,7 @@ from openmoe.optimizer import make_optimizer, programme_rate
 from openmoe.plan import abstract_state, flops_before
 from openmoe.programme import Programme, as_programme, check_optimizers
 from openmoe.run_record import write_run_record
-from openmoe.train_state import TrainState, init_state, state_shardings
+from openmoe.train_state import TrainState, identity, init_state, state_shardings
 from openmoe.train_step import eval_step, train_step
 from openmoe.types import Batch, PyTree
 
@@ -96,14 +96,6 @@ class Preemption:
       return self._seen is not None
     seen = np.array([self._seen is not None])
     return bool(multihost_utils.process_allgather(seen).any())
-
-
-def identity(model: ModelConfig) -> dict:
-  """What a checkpoint must agree on with the model that reads it: whatever shapes its arrays."""
-  names = ('vocab_size', 'num_layers', 'embed_dim', 'mlp_dim', 'num_heads', 'head_dim')
-  fields = {name: getattr(model, name) for name in ('name', *names, 'num_sparse_layers')}
-  fields['num_experts'] = model.moe.num_experts if model.moe else 0
-  return fields
 
 
 def check(

@@ -50,6 +50,14 @@ def abstract_params(config: ModelConfig) -> tuple[PyTree, PyTree]:
   return nn.unbox(boxed), axes
 
 
+def identity(model: ModelConfig) -> dict:
+  """What a checkpoint must agree on with the model that reads it: whatever shapes its arrays."""
+  names = ('vocab_size', 'num_layers', 'embed_dim', 'mlp_dim', 'num_heads', 'head_dim')
+  fields = {name: getattr(model, name) for name in ('name', *names, 'num_sparse_layers')}
+  fields['num_experts'] = model.moe.num_experts if model.moe else 0
+  return fields
+
+
 def init_state(model: nn.Module, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
   """Step 0. A function of the seed alone: threefry keys, the same on every mesh."""
   with partitioning.without_mesh():

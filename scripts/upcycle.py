@@ -27,8 +27,7 @@ from absl import app, flags
 from convert.upcycle import dense_config, logit_difference, upcycle
 from openmoe.checkpoint import Checkpointer, CheckpointError
 from openmoe.config import ConfigError, ModelConfig
-from openmoe.train import identity
-from openmoe.train_state import TrainState, abstract_params
+from openmoe.train_state import TrainState, abstract_params, identity
 from scripts import gin_flags
 
 _DENSE = flags.DEFINE_string('dense_checkpoint', None, 'RUN/checkpoint_STEP.', required=True)

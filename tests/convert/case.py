@@ -1,4 +1,4 @@
-"""A tiny model in all three forms, and what the conversion tests share."""
+"""A tiny model of each architecture in all its forms, and what the conversion tests share."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import sys
 import numpy as np
 from etils import epath
 
+from convert import sizes
 from convert.__main__ import main
 from convert.convert import Options, convert, find_form, model_shapes
 from convert.names import name_table
@@ -39,25 +40,41 @@ CONFIG = ModelConfig(
   moe=MoEConfig(num_experts=4),
   dtype='float32',
 )
+JETMOE = sizes.of_told(
+  {
+    'name': 'tiny_jetmoe',
+    'architecture': 'jetmoe',
+    'vocab_size': 64,
+    'num_layers': 3,
+    'num_sparse_layers': 3,
+    'embed_dim': 32,
+    'mlp_dim': 24,
+    'num_heads': 2,
+    'head_dim': 16,
+    'num_experts': 4,
+    'model': {'dtype': 'float32'},
+  },
+  'tests',
+)
 STEP = 7
 
 
 @functools.cache
-def weights(seed: int = 0) -> dict[str, np.ndarray]:
-  """Random float32 parameters by PyTorch name, in the common layout."""
-  generator = np.random.default_rng(seed)
-  shapes = model_shapes(CONFIG)
+def weights(config=CONFIG) -> dict[str, np.ndarray]:
+  """Random float32 parameters by name of their row, in the common layout."""
+  generator = np.random.default_rng(0)
+  shapes = model_shapes(config)
   return {n: generator.standard_normal(s, np.float32) * np.float32(0.2) for n, s in shapes.items()}
 
 
 def write_ours(path: pathlib.Path, tensors=None, step: int = STEP, config=CONFIG) -> pathlib.Path:
   """A checkpoint of ours with these tensors (default: weights()); returns its run directory."""
-  tensors = weights() if tensors is None else tensors
+  tensors = weights(config) if tensors is None else tensors
   sink = OursSink(epath.Path(path) / f'checkpoint_{step}', step, {})
   stored = {n: Stored(n, x.shape, x.dtype, lambda a, b, x=x: x[a:b]) for n, x in tensors.items()}
   sink.prepare(config, stored, next(iter(tensors.values())).dtype)
   for row in name_table(config):
-    sink.parameter(row).write(0, tensors[row.hf])
+    sink.parameter(row).write(0, tensors[row.name])
   sink.finish()
   return path
 
@@ -67,10 +84,10 @@ def model_file(path: pathlib.Path, config=CONFIG) -> str:
   return str(path)
 
 
-def loaded(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """All parameters of a checkpoint in the common layout, by PyTorch name."""
+def loaded(path: pathlib.Path, config=CONFIG) -> dict[str, np.ndarray]:
+  """All parameters of a checkpoint in the common layout, by name of their row."""
   form = find_form(path)
-  return {row.hf: np.array(form.load(row)) for row in name_table(CONFIG)}
+  return {row.name: np.array(form.load(row)) for row in name_table(config)}
 
 
 def run_convert(source, kind: str, out, **options) -> pathlib.Path:

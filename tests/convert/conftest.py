@@ -1,4 +1,4 @@
-"""The tiny model in all three forms, made once for a test process."""
+"""The tiny models in all their forms, made once for a test process."""
 
 import pytest
 
@@ -18,6 +18,17 @@ def hf(ours, tmp_path_factory):
 @pytest.fixture(scope='session')
 def t5x(ours, tmp_path_factory):
   return case.run_convert(ours, 't5x', tmp_path_factory.mktemp('convert') / 't5x')
+
+
+@pytest.fixture(scope='session')
+def jetmoe(tmp_path_factory):
+  run = case.write_ours(tmp_path_factory.mktemp('convert') / 'run', config=case.JETMOE)
+  return run / f'checkpoint_{case.STEP}'
+
+
+@pytest.fixture(scope='session')
+def jetmoe_hf(jetmoe, tmp_path_factory):
+  return case.run_convert(jetmoe, 'hf', tmp_path_factory.mktemp('convert') / 'hf')
 
 
 @pytest.fixture(scope='session')

@@ -1,5 +1,6 @@
 """Every way a checkpoint goes wrong is caught, and the message names the tensor or the file."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -14,8 +15,40 @@ from convert.pickled import read_bin
 from convert.tensors import ConvertError
 from tests.convert import case
 
-EXPERTS = 'model.layers.1.mlp.experts.wi_up'
-SQUARE = 'model.layers.2.self_attn.q_proj.weight'
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+  """Where an architecture is mutated.
+
+  Attributes:
+    ours, hf: fixtures.
+    experts: a tensor of experts.
+    square: of layer 2; its first 32 rows are a square matrix.
+    last: the last tensor of the file.
+  """
+
+  ours: str
+  hf: str
+  experts: str
+  square: str
+  last: str
+
+
+OPENMOE = Names(
+  'ours',
+  'hf',
+  'model.layers.1.mlp.experts.wi_up',
+  'model.layers.2.self_attn.q_proj.weight',
+  'lm_head.weight',
+)
+JETMOE = Names(
+  'jetmoe',
+  'jetmoe_hf',
+  'model.layers.1.mlp.output_linear.weight',
+  'model.layers.2.self_attention.kv_proj.weight',
+  'model.norm.weight',
+)
+EXPERTS, SQUARE = OPENMOE.experts, OPENMOE.square
 
 
 def _rows(header, data):
@@ -36,29 +69,30 @@ def _rewrite(folder, change):
   case.write_file(path, new, out)
 
 
-def swap_experts(folder):
-  case.edit_tensor(folder, EXPERTS, lambda x: x[[1, 0, 2, 3]])
-  return EXPERTS
+def swap_experts(folder, at=OPENMOE):
+  case.edit_tensor(folder, at.experts, lambda x: x[[1, 0, 2, 3]])
+  return at.experts
 
 
-def transpose_square(folder):
-  case.edit_tensor(folder, SQUARE, lambda x: x.T)
-  return SQUARE
+def transpose_square(folder, at=OPENMOE):
+  turn = lambda x: np.concatenate([x[:32].T, x[32:]])
+  case.edit_tensor(folder, at.square, turn)
+  return at.square
 
 
-def drop_tensor(folder):
-  _rewrite(folder, lambda t: {n: x for n, x in t.items() if n != SQUARE})
-  return SQUARE
+def drop_tensor(folder, at=OPENMOE):
+  _rewrite(folder, lambda t: {n: x for n, x in t.items() if n != at.square})
+  return at.square
 
 
-def rename_layer(folder):
+def rename_layer(folder, at=OPENMOE):
   name = lambda n: n.replace('model.layers.2.', 'model.layers.4.')
   _rewrite(folder, lambda t: {name(n): x for n, x in t.items()})
-  return 'model.layers.4.self_attn.q_proj.weight does not belong'
+  return f'{name(at.square)} does not belong'
 
 
-def exchange_layers(folder):
-  """Layers 0 and 2 are both dense, so no name or shape tells."""
+def exchange_layers(folder, at=OPENMOE):
+  """Layers 0 and 2 are of a kind, so no name or shape tells."""
   to = {'0': '2', '2': '0'}
 
   def name(n):
@@ -66,51 +100,51 @@ def exchange_layers(folder):
     return '.'.join([*parts[:2], to.get(parts[2], parts[2]), *parts[3:]]) if 'layers' in n else n
 
   _rewrite(folder, lambda t: {n: t[name(n)] for n in t})
-  return SQUARE
+  return at.square
 
 
-def flip_bit(folder):
+def flip_bit(folder, at=OPENMOE):
   def flip(x):
     x.view(np.uint32)[3, 5] ^= 1
     return x
 
-  case.edit_tensor(folder, SQUARE, flip)
-  return SQUARE
+  case.edit_tensor(folder, at.square, flip)
+  return at.square
 
 
-def double_tensor(folder):
+def double_tensor(folder, at=OPENMOE):
   """The same tensor in two shards."""
   header, data = case.read_file(folder / 'model.safetensors')
   header.pop('__metadata__', None)
-  entry = header[SQUARE]
+  entry = header[at.square]
   begin, end = entry['data_offsets']
-  extra = {SQUARE: entry | {'data_offsets': [0, end - begin]}}
+  extra = {at.square: entry | {'data_offsets': [0, end - begin]}}
   case.write_file(folder / 'extra.safetensors', extra, bytes(data[begin:end]))
   where = dict.fromkeys(header, 'model.safetensors') | {'other': 'extra.safetensors'}
   index = folder / 'model.safetensors.index.json'
   index.write_text(json.dumps({'metadata': {}, 'weight_map': where}))
-  return f'{SQUARE} is there more than once'
+  return f'{at.square} is there more than once'
 
 
-def truncate_shard(folder):
+def truncate_shard(folder, at=OPENMOE):
   path = folder / 'model.safetensors'
   path.write_bytes(path.read_bytes()[:-100])
-  return 'model.safetensors is truncated: lm_head.weight'
+  return f'model.safetensors is truncated: {at.last}'
 
 
-def repeat_expert(folder):
-  case.edit_tensor(folder, EXPERTS, lambda x: x[[0, 1, 2, 1]])
-  return f'{EXPERTS}: experts 1 and 3 are the same'
+def repeat_expert(folder, at=OPENMOE):
+  case.edit_tensor(folder, at.experts, lambda x: x[[0, 1, 2, 1]])
+  return f'{at.experts}: experts 1 and 3 are the same'
 
 
-def zero_expert(folder):
-  case.edit_tensor(folder, EXPERTS, lambda x: x * np.array([1, 1, 0, 1])[:, None, None])
-  return f'{EXPERTS}: expert 2 is missing'
+def zero_expert(folder, at=OPENMOE):
+  case.edit_tensor(folder, at.experts, lambda x: x * np.array([1, 1, 0, 1])[:, None, None])
+  return f'{at.experts}: expert 2 is missing'
 
 
-def not_finite(folder):
-  case.edit_tensor(folder, SQUARE, lambda x: np.where(np.eye(32), np.nan, x))
-  return f'{SQUARE} has values that are not finite'
+def not_finite(folder, at=OPENMOE):
+  case.edit_tensor(folder, at.square, lambda x: np.where(np.eye(*x.shape), np.nan, x))
+  return at.square
 
 
 ALL = [
@@ -128,26 +162,31 @@ ALL = [
 ]
 
 
+@pytest.fixture(params=[OPENMOE, JETMOE], ids=['openmoe', 'jetmoe'])
+def at(request):
+  return request.param
+
+
 @pytest.mark.parametrize('mutate', ALL)
-def test_verify_names_the_tensor(mutate, ours, hf, tmp_path):
-  folder = case.copy(hf, tmp_path / 'hf')
-  named = mutate(folder)
-  text = case.cli('verify', ours, folder, expect=1)
+def test_verify_names_the_tensor(mutate, at, request, tmp_path):
+  folder = case.copy(request.getfixturevalue(at.hf), tmp_path / 'hf')
+  named = mutate(folder, at)
+  text = case.cli('verify', request.getfixturevalue(at.ours), folder, expect=1)
   assert named.split(' ')[0].split(':')[0] in text
 
 
 @pytest.mark.parametrize('mutate', ALL)
-def test_fsck_names_the_tensor_by_the_receipt(mutate, hf, tmp_path):
-  folder = case.copy(hf, tmp_path / 'hf', receipt=True)
-  named = mutate(folder)
+def test_fsck_names_the_tensor_by_the_receipt(mutate, at, request, tmp_path):
+  folder = case.copy(request.getfixturevalue(at.hf), tmp_path / 'hf', receipt=True)
+  named = mutate(folder, at)
   assert named in case.cli('fsck', folder, expect=1)
 
 
 @pytest.mark.parametrize('mutate', [swap_experts, transpose_square])
-def test_verify_says_what_happened(mutate, ours, hf, tmp_path):
-  folder = case.copy(hf, tmp_path / 'hf')
-  mutate(folder)
-  text = case.cli('verify', ours, folder, expect=1)
+def test_verify_says_what_happened(mutate, at, request, tmp_path):
+  folder = case.copy(request.getfixturevalue(at.hf), tmp_path / 'hf')
+  mutate(folder, at)
+  text = case.cli('verify', request.getfixturevalue(at.ours), folder, expect=1)
   assert ('experts moved, 0 is at 1, 1 is at 0' in text) or ('it is transposed' in text)
 
 

@@ -12,9 +12,8 @@ import tensorstore
 from convert.convert import Options, convert, find_form
 from convert.names import name_table
 from convert.tensors import ConvertError
-from openmoe import train
 from openmoe.checkpoint import Checkpointer
-from openmoe.train_state import abstract_params
+from openmoe.train_state import abstract_params, identity
 from tests.convert import case
 
 
@@ -89,7 +88,7 @@ def test_t5x_layout_is_read_by_plain_msgpack_and_tensorstore(codec, ours, tmp_pa
 def test_our_checkpointer_restores_an_import(hf, tmp_path):
   made = case.run_convert(hf, 'ours', tmp_path / 'run')
   checkpointer = Checkpointer(
-    tmp_path / 'run', keep=1, identity=train.identity(case.CONFIG), read_only=True
+    tmp_path / 'run', keep=1, identity=identity(case.CONFIG), read_only=True
   )
   assert made.name == f'checkpoint_{case.STEP}'
   assert checkpointer.latest_step() == case.STEP

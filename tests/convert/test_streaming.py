@@ -35,19 +35,22 @@ def test_memory_of_a_job_does_not_grow_with_its_tensor_unless_it_is_transposed()
   assert whole < job((2048, 256384), (256384, 2048)).memory <= whole + 2 * PIECE
 
 
-def test_budget_lets_one_through_and_holds_the_rest():
+@pytest.mark.parametrize(('first', 'second'), [(60, 50), (500, 300)])
+def test_budget_holds_what_does_not_fit_and_lets_the_rest_through(first, second):
   budget, entered = Budget(100), threading.Event()
-  budget.acquire(500)  # larger than the limit, but alone
+  budget.acquire(first)
+  # One that is larger than the limit runs beside the others, but a second one waits for it.
+  budget.acquire(500 if first == 60 else 60)
 
-  def second():
-    budget.acquire(60)
+  def wait():
+    budget.acquire(second)
     entered.set()
 
-  threading.Thread(target=second, daemon=True).start()
+  threading.Thread(target=wait, daemon=True).start()
   assert not entered.wait(0.05)
-  budget.release(500)
+  budget.release(first)
   assert entered.wait(5)
-  budget.acquire(40)
+  budget.acquire(50 if first == 60 else 40)
 
 
 def test_transposition_in_tiles():

@@ -7,10 +7,10 @@ import pytest
 
 from convert.convert import Options, convert, find_form
 from convert.names import name_table
-from openmoe import checkpoint, train
+from openmoe import checkpoint
 from openmoe.config import OptimizerConfig
 from openmoe.optimizer import learning_rate, make_optimizer
-from openmoe.train_state import TrainState, abstract_params
+from openmoe.train_state import TrainState, abstract_params, identity
 from tests.convert import case
 
 # Low enough that all matrices are factored, among them gates along either side.
@@ -36,7 +36,7 @@ def state():
 @pytest.fixture(scope='module')
 def trained(state, tmp_path_factory):
   run = tmp_path_factory.mktemp('trained')
-  checkpointer = checkpoint.Checkpointer(run, keep=1, identity=train.identity(case.CONFIG))
+  checkpointer = checkpoint.Checkpointer(run, keep=1, identity=identity(case.CONFIG))
   checkpointer.save(case.STEP, state, {'0': b'position'}, {})
   checkpointer.close()
   return run
@@ -53,7 +53,7 @@ def test_state_survives_the_way_to_t5x_and_back(trained, state, tmp_path):
   model = case.model_file(tmp_path / 'model.json')
   convert(form, 'ours', tmp_path / 'back', model, options)
   reader = checkpoint.Checkpointer(
-    tmp_path / 'back', keep=1, identity=train.identity(case.CONFIG), read_only=True
+    tmp_path / 'back', keep=1, identity=identity(case.CONFIG), read_only=True
   )
   assert reader.latest_step() == case.STEP
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
@@ -76,7 +76,7 @@ def test_a_saved_checkpoint_is_sound_and_exports(trained, state, tmp_path):
 
 def test_large_parameters_are_saved_in_chunks_of_a_layer(state, tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint, 'LARGEST_CHUNK', 4 << 10)
-  saver = checkpoint.Checkpointer(tmp_path, keep=1, identity=train.identity(case.CONFIG))
+  saver = checkpoint.Checkpointer(tmp_path, keep=1, identity=identity(case.CONFIG))
   saver.save(case.STEP, state, {}, {})
   saver.close()
   row = next(r for r in name_table(case.CONFIG) if r.hf == 'model.layers.3.mlp.experts.wo')
@@ -88,8 +88,6 @@ def test_large_parameters_are_saved_in_chunks_of_a_layer(state, tmp_path, monkey
 
 
 def restored_state(run, state):
-  reader = checkpoint.Checkpointer(
-    run, keep=1, identity=train.identity(case.CONFIG), read_only=True
-  )
+  reader = checkpoint.Checkpointer(run, keep=1, identity=identity(case.CONFIG), read_only=True)
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
   return reader.restore(case.STEP, abstract)[0]

@@ -3,7 +3,8 @@
   python -m tests.parity.jetmoe --layers 2 --embed 32 --heads 2 --head_dim 8 --experts 4 \\
     --top_k 2 --mlp 48 --vocab 64 --seed 0 [--json]
 
-Needs the `torch` extra. --heads are key-value heads; there are top_k times as many query heads.
+Import and export are those of `python -m convert`, through files. Needs the `torch` extra.
+--heads are key-value heads; there are top_k times as many query heads.
 Printed:
   logits             largest absolute difference of float32 logits, limit 1e-5
   cached_decode      the same between our cached decoding, token by token after a prefill, and our
@@ -14,22 +15,25 @@ Printed:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import pathlib
+import tempfile
 from collections.abc import Mapping
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert import jetmoe_names
+from convert.convert import Options, convert, find_form
+from convert.load import load_params
+from convert.sizes import of_form, to_json
 from openmoe.config import ModelConfig
 from openmoe.decode import inference_config
 from openmoe.models import build_model, init_decode_cache
-from openmoe.train_state import abstract_params
 from openmoe.types import Batch, PyTree
 
 LIMITS = {'logits': 1e-5, 'cached_decode': 1e-5, 'export_mismatches': 0}
@@ -76,19 +80,24 @@ def hf_tensors(model) -> dict[str, np.ndarray]:
   return {
     name: value.detach().numpy()
     for name, value in model.state_dict().items()
-    if name != jetmoe_names.TIED
+    if name != 'lm_head.weight'
   }
 
 
-def our_config(model) -> ModelConfig:
-  return jetmoe_names.model_config('parity', model.config.to_dict(), dtype='float32')
+def there_and_back(hf, place: pathlib.Path) -> tuple[ModelConfig, PyTree, dict[str, np.ndarray]]:
+  """(configuration, parameters, tensors after export back) of a model saved by transformers."""
+  from transformers.utils import logging
 
-
-def our_params(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> PyTree:
-  shapes = flax.traverse_util.flatten_dict(abstract_params(config)[0], sep='/')
-  shapes = {path: leaf.shape for path, leaf in shapes.items()}
-  flat = jetmoe_names.from_hf(tensors.__getitem__, shapes, jetmoe_names.rows(config))
-  return flax.traverse_util.unflatten_dict(flat, sep='/')
+  logging.disable_progress_bar()
+  hf.save_pretrained(place / 'hf')
+  config = dataclasses.replace(of_form(find_form(place / 'hf'), None), dtype='float32')
+  model, options = place / 'model.json', Options()
+  model.write_text(json.dumps(to_json(config)))
+  convert(find_form(place / 'hf'), 'ours', place / 'run', str(model), options)
+  params = load_params(find_form(place / 'run'), config)
+  convert(find_form(place / 'run'), 'hf', place / 'back', str(model), options)
+  back = find_form(place / 'back').tensors()
+  return config, params, {name: stored.whole() for name, stored in back.items()}
 
 
 def full_batch(tokens_bt: np.ndarray) -> Batch:
@@ -133,19 +142,16 @@ def compare(sizes: Mapping[str, int], seed: int) -> dict[str, float | int]:
   import torch
 
   hf = random_hf_model(sizes, seed)
-  config, tensors = our_config(hf), hf_tensors(hf)
-  params = our_params(tensors, config)
+  with tempfile.TemporaryDirectory() as place:
+    config, params, back = there_and_back(hf, pathlib.Path(place))
   tokens = np.random.default_rng(seed).integers(0, sizes['vocab'], (ROWS, LENGTH))
   with torch.no_grad():
     theirs = hf(torch.from_numpy(tokens)).logits.numpy()
   ours = build_model(config).apply({'params': params}, full_batch(tokens), train=False).logits()
-  back = jetmoe_names.to_hf(
-    flax.traverse_util.flatten_dict(params, sep='/'), jetmoe_names.rows(config)
-  )
   return {
     'logits': float(np.max(np.abs(np.asarray(ours) - theirs))),
     'cached_decode': float(np.max(np.abs(cached_logits(params, config, tokens) - ours))),
-    'export_mismatches': mismatches(tensors, back),
+    'export_mismatches': mismatches(hf_tensors(hf), back),
     'logit_scale': float(np.std(theirs)),
     'tensors': len(back),
   }

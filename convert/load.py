@@ -1,0 +1,93 @@
+"""A checkpoint of any form, straight into a tree of our parameters in memory.
+
+For programs that run a model once and need no checkpoint of ours on the disk: evaluation,
+generation, the parity checks. Nothing is held twice but one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from convert.convert import check_source, model_shapes
+from convert.forms import Form
+from convert.names import Row, classifier_table, expected_shapes, name_table
+from convert.tensors import cast, transpose_into
+from openmoe.config import ModelConfig
+from openmoe.models.classifier import SequenceClassifier
+from openmoe.train_state import abstract_params, empty_batch
+from openmoe.types import PyTree
+
+
+def load_params(form: Form, config: ModelConfig, dtype: np.dtype | None = None) -> PyTree:
+  """Parameters of a language model as a nested dict of NumPy arrays.
+
+  Args:
+    form: as convert.convert.find_form opens it; t5x, Hugging Face or ours.
+    config: of the model, as convert.sizes.of_form tells it.
+    dtype: of the arrays; None keeps what is stored.
+
+  Raises:
+    NamesError, ConvertError: names or shapes are not the model's, a file is damaged, or a value
+      overflows `dtype`.
+  """
+  shapes = flax.traverse_util.flatten_dict(abstract_params(config)[0], sep='/')
+  ours = {path: leaf.shape for path, leaf in shapes.items()}
+  return _load(form, list(name_table(config)), model_shapes(config), ours, dtype)
+
+
+def load_classifier(
+  form: Form, config: ModelConfig, num_classes: int, dtype: np.dtype | None = None
+) -> PyTree:
+  """As load_params, of transformers' JetMoeForSequenceClassification for models.classifier.
+
+  Args:
+    config: of the backbone.
+    num_classes: num_labels there.
+  """
+  init = lambda: SequenceClassifier(config, num_classes).init(
+    jax.random.key(0), empty_batch(1, 8), False
+  )
+  leaves = flax.traverse_util.flatten_dict(jax.eval_shape(init)['params'], sep='/')
+  ours = {path: leaf.value.shape for path, leaf in leaves.items()}
+  rows = list(classifier_table(config))
+  return _load(form, rows, expected_shapes(rows, ours), ours, dtype)
+
+
+def _load(
+  form: Form,
+  rows: Sequence[Row],
+  shapes: Mapping[str, tuple[int, ...]],
+  ours: Mapping[str, tuple[int, ...]],
+  dtype: np.dtype | None,
+) -> PyTree:
+  """Args:
+  shapes: of the rows in the common layout, by name.
+  ours: of our arrays, by path.
+  """
+  check_source(form, rows, shapes)
+  params: dict[str, np.ndarray] = {}
+  for row in rows:
+    stored = form.parameter(row)
+    if row.ours not in params:
+      params[row.ours] = np.empty(ours[row.ours], dtype or stored.dtype)
+    # A view: of our stack only the leading axes are indexed, and a split gate is one axis.
+    target = params[row.ours][row.index].reshape(shapes[row.name])
+    _fill(target, form, row)
+  return flax.traverse_util.unflatten_dict(params, sep='/')
+
+
+def _fill(target: np.ndarray, form: Form, row: Row) -> None:
+  """Reads a row of the table into an array of the common layout, piece by piece."""
+  turned, stored = form.transposed(row), form.parameter(row)
+  for start, x in stored.pieces():
+    x = cast(x, target.dtype, stored.name)
+    if not turned:
+      target[start : start + len(x)] = x
+    elif x.ndim > 2:
+      transpose_into(target[start : start + len(x)], x)
+    else:
+      transpose_into(target[:, start : start + len(x)], x)
