@@ -43,6 +43,7 @@ SIDE = {
   'metrics': {'config', 'hardware', 'display'},
   'report': {'metrics'},
   'run_record': {'metrics'},
+  'results': {'config', 'metrics'},
 }
 # The other packages: what each may import of ours.
 PACKAGES = {

@@ -69,11 +69,13 @@ class Prediction:
   Attributes:
     log_probs: of each choice, natural log, summed over its tokens.
     lengths: tokens of each choice.
+    greedy: of each choice, whether all its tokens were the likeliest.
     texts: generated, one per sample, as the model wrote them.
   """
 
   log_probs: tuple[float, ...] = ()
   lengths: tuple[int, ...] = ()
+  greedy: tuple[bool, ...] = ()
   texts: tuple[str, ...] = ()
 
 
@@ -94,6 +96,8 @@ class EvaluationTask:
     samples: texts per item.
     temperature: 0 takes the likeliest token.
     append_eos: whether scored choices end in EOS.
+    joint: tokenise prompt and choice as one text, and score what follows the prompt's own tokens;
+      otherwise each by itself.
     shots: how many the items have.
   """
 
@@ -110,4 +114,5 @@ class EvaluationTask:
   samples: int = 1
   temperature: float = 0.0
   append_eos: bool = False
+  joint: bool = False
   shots: int = 0
