@@ -107,6 +107,26 @@ def _from_tfds(name: str, split: str) -> list[Record]:
   return [_plain(record) for record in tfds.as_numpy(dataset)]
 
 
+def read_file(path: pathlib.Path) -> list[Record]:
+  """The records of a file of any known kind.
+
+  Raises:
+    ConfigError: it is absent, damaged, empty or of another kind.
+  """
+  reader = next((reader for end, reader in _READERS.items() if path.name.endswith(end)), None)
+  if reader is None:
+    raise ConfigError(f'{path} must end in one of {", ".join(_READERS)}.')
+  if not path.is_file():
+    raise ConfigError(f'{path} is not there; give the path of the published file.')
+  try:
+    records = reader(path)
+  except (OSError, EOFError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+    raise ConfigError(f'{path} cannot be read ({error}); copy it again.') from error
+  if not records:
+    raise ConfigError(f'{path} has no records; copy it again.')
+  return records
+
+
 def read(data_dir: str, name: str, split: str) -> list[Record]:
   """The records of a split.
 
@@ -119,16 +139,10 @@ def read(data_dir: str, name: str, split: str) -> list[Record]:
     ConfigError: there is no such file, or it cannot be read; naming what was looked for.
   """
   folder = pathlib.Path(data_dir) / name
-  for ending, reader in _READERS.items():
+  for ending in _READERS:
     path = folder / f'{split}{ending}'
     if path.is_file():
-      try:
-        records = reader(path)
-      except (OSError, EOFError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise ConfigError(f'{path} cannot be read ({error}); copy it again.') from error
-      if not records:
-        raise ConfigError(f'{path} has no records; copy the {split} split of {name} there.')
-      return records
+      return read_file(path)
   records = _from_tfds(name, split)
   if records:
     return records
