@@ -46,8 +46,10 @@ class EvaluationConfig:
     checkpoint: run directory, checkpoint_<step> folder or Hugging Face folder.
     out_dir: for result files.
     tasks: names; tasks/evaluation/catalogue.py lists them.
-    model_gin: gin file of the model's sizes, where the checkpoint does not say them.
-    dtype: of the model's activations; '' as it was trained.
+    model: name of its sizes (gin/models), to be checked; None takes what the checkpoint says.
+    vocabulary: SentencePiece model, for checkpoints that do not say theirs.
+    dtype: of activations and of the layers' kernels.
+    max_length: tokens of prompt and answer together; None is what the model was made for.
     shots: solved examples in a prompt; None is what each task is published with.
     prompt_mode: 'fixed' or 'reference'.
     input_length: most tokens of a prompt in reference mode.
@@ -66,8 +68,10 @@ class EvaluationConfig:
   checkpoint: str
   out_dir: str
   tasks: tuple[str, ...]
-  model_gin: str | None = None
-  dtype: str = ''
+  model: str | None = None
+  vocabulary: str | None = None
+  dtype: str = 'float32'
+  max_length: int | None = None
   shots: int | None = None
   prompt_mode: str = 'fixed'
   input_length: int = 1024
@@ -306,7 +310,7 @@ def identity(model: Model, task: EvaluationTask, config: EvaluationConfig) -> di
     'group': task.group,
     'model': {'name': model.name, 'fingerprint': model.fingerprint},
     'tokenizer': tokenizer_digest(model.vocabulary),
-    'bos': 'id 0 before every prompt; no BOS piece',
+    'bos': f'id {getattr(model, "start_id", 0)} before every prompt',
     'settings': settings(task, config),
   }
 

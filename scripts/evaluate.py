@@ -26,10 +26,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from convert import sizes
+from convert.tensors import ConvertError
 from openmoe import evaluate as evaluate_lib
 from openmoe import results
 from openmoe.checkpoint import CheckpointError
-from openmoe.config import ConfigError
+from openmoe.config import ConfigError, ModelConfig
 from scripts import gin_flags
 from tasks.evaluation import catalogue
 
@@ -116,13 +118,34 @@ def table(rows: Sequence[results.Row], title: str, wide: bool) -> Table:
 
 
 def load_model(config: evaluate_lib.EvaluationConfig) -> evaluate_lib.Model:
-  """The model of a configuration, on all devices there are."""
+  """The model of a configuration, on all devices there are.
+
+  Raises:
+    ConfigError: there is no such checkpoint, or it has other sizes than config.model.
+  """
   from scripts import load_model as loading
 
-  options = {'model_gin': config.model_gin} if config.model_gin else {}
-  if config.dtype:
-    options['dtype'] = config.dtype
-  return loading.load(config.checkpoint, **options)
+  model = loading.load(
+    config.checkpoint,
+    dtype=config.dtype,
+    max_length=config.max_length,
+    vocabulary=config.vocabulary,
+  )
+  if config.model:
+    check_sizes(model.config, config.model, config.checkpoint)
+  return model
+
+
+def check_sizes(found: ModelConfig, name: str, checkpoint: str) -> None:
+  """Raises ConfigError where a checkpoint is not of the model that was asked for."""
+  wanted = sizes.named(name)
+  for field in ('architecture', 'num_layers', 'num_sparse_layers', 'embed_dim', 'vocab_size'):
+    has, asked = getattr(found, field), getattr(wanted, field)
+    if has != asked:
+      raise ConfigError(
+        f'{checkpoint} has {field} {has}, MODEL={name} has {asked}; leave MODEL out, or name the '
+        'checkpoint of that model.'
+      )
 
 
 def run(config: evaluate_lib.EvaluationConfig) -> list[results.Row]:
@@ -161,7 +184,7 @@ def main(argv: list[str]) -> int:
     gin_flags.parse()
     bound = gin_flags.bindings('evaluate.EvaluationConfig')
     run(evaluate_lib.EvaluationConfig(**bound))
-  except (ConfigError, CheckpointError) as error:
+  except (ConfigError, CheckpointError, ConvertError) as error:
     print(f'error: {error}', file=sys.stderr)
     return EXIT_USAGE
   return 0

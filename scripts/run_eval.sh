@@ -9,11 +9,10 @@
 #
 # CHECKPOINT      run directory, checkpoint_<step> folder or Hugging Face folder
 #                 (default: runs/MODEL, the run of scripts/run_pretrain.sh)
-# MODEL           a file of gin/models, for checkpoints that do not say their sizes
-#                 (default: openmoe_tiny, or what the checkpoint says)
+# MODEL           a name of gin/models that CHECKPOINT must agree with (default: not checked)
+# VOCABULARY      SentencePiece model, for checkpoints that do not say theirs
 # TASKS           names with commas: bigbench_lite, openmoe, jetmoe, or single ones
-# SHOTS           solved examples in a prompt (default: as published; 1 for the demo, whose model
-#                 reads 256 tokens)
+# SHOTS           solved examples in a prompt (default: as published; 1 for the demo)
 # PROMPT_MODE     fixed, or reference with the original's quirks
 # OUT_DIR         for results (default: CHECKPOINT/eval, or runs/eval for remote checkpoints)
 # BIGBENCH_DIR    the task files of BIG-bench-Lite (default: runs/bigbench_lite; fetched if absent)
@@ -91,7 +90,8 @@ fi
 
 names="$(printf "'%s'," ${TASKS//,/ })"
 args+=("--gin.TASKS=($names)" "--gin.OUT_DIR='$OUT_DIR'" "--gin.BIGBENCH_DIR='$BIGBENCH_DIR'")
-if [[ -n "${MODEL:-}" ]]; then args+=("--gin.MODEL_GIN='gin/models/$MODEL.gin'"); fi
+if [[ -n "${MODEL:-}" ]]; then args+=("--gin.MODEL='$MODEL'"); fi
+if [[ -n "${VOCABULARY:-}" ]]; then args+=("--gin.VOCABULARY='$VOCABULARY'"); fi
 if [[ -n "${SHOTS:-}" ]]; then args+=("--gin.SHOTS=$SHOTS"); fi
 if [[ -n "${PROMPT_MODE:-}" ]]; then args+=("--gin.PROMPT_MODE='$PROMPT_MODE'"); fi
 if [[ -n "${DATA_DIR:-}" ]]; then args+=("--gin.DATA_DIR='$DATA_DIR'"); fi
