@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import jax
 from etils import epath
 
 from openmoe import results
@@ -248,6 +249,7 @@ def _score_items(model: Model, encoder: _Encoder, items: Sequence[Item]):
       'cut': max(prompt.cut for prompt in prompts),
       'tokens': _digest([*(p.ids for p in prompts), *continuations]),
       'choices': list(item.choices),
+      'prediction': item.choices[max(range(len(found)), key=prediction.log_probs.__getitem__)],
       'log_probs': list(prediction.log_probs),
       'token_log_probs': [[round(float(x), 6) for x in s.token_log_probs] for s in found],
     }
@@ -374,8 +376,9 @@ def evaluate_task(
     display.advance(len(chosen))
   head |= _figures(task, config, items, predictions, records)
   head['model']['dropped_fraction'] = float(model.dropped_fraction)
-  epath.Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-  results.save(path, head, records)
+  if jax.process_index() == 0:
+    epath.Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    results.save(path, head, records)
   result = {**head, 'items': records}
   display.end(result, resumed=False)
   return result
@@ -408,6 +411,8 @@ def evaluate(
 ) -> list[results.Row]:
   """Evaluates tasks one after the other; those that were finished before are read.
 
+  Of several processes all do the same, and the first one writes; all have to see its files.
+
   Returns:
     The rows of the table, also written as summary.json and summary.csv.
 
@@ -422,5 +427,6 @@ def evaluate(
     'prompt_mode': config.prompt_mode,
     'seed': config.seed,
   }
-  results.save_summary(epath.Path(config.out_dir), rows, head)
+  if jax.process_index() == 0:
+    results.save_summary(epath.Path(config.out_dir), rows, head)
   return rows

@@ -17,7 +17,6 @@ import json
 import sys
 
 from rich.console import Console
-from rich.table import Table
 
 from openmoe import results
 from openmoe.config import ConfigError
@@ -55,31 +54,32 @@ def compare_all(one: dict[str, dict], two: dict[str, dict]) -> dict[str, dict]:
   }
 
 
-def _show(found: dict[str, dict], every: bool, console: Console) -> None:
-  summary = Table('task', *_WHY, 'figure changed', 'largest gap')
+def _describe(name: str, changes: list[results.Change], count: int) -> str:
+  """One line about a task."""
+  why = collections.Counter(change.why for change in changes)
+  causes = ', '.join(f'{cause} {why[cause]}' for cause in _WHY if why[cause])
+  moved = sum(change.outcome for change in changes)
+  gaps = [change.log_prob_gap for change in changes if change.log_prob_gap is not None]
+  gap = f'; log-probabilities moved by up to {max(gaps):.2e}' if gaps else ''
+  return f'{name}: {len(changes)} of {count} items differ ({causes}), the figure of {moved}{gap}'
+
+
+def _show(found: dict[str, dict], counts: dict[str, int], every: bool, console: Console) -> None:
+  say = lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+  same = [name for name, entry in found.items() if not entry['changes']]
   for name, entry in found.items():
-    counts = collections.Counter(change.why for change in entry['changes'])
-    changed = sum(change.outcome for change in entry['changes'])
-    gaps = [c.log_prob_gap for c in entry['changes'] if c.log_prob_gap is not None]
-    gap = f'{max(gaps):.2e}' if gaps else ''
-    summary.add_row(name, *(str(counts[why] or '') for why in _WHY), str(changed), gap)
-  console.print(summary)
-  for name, entry in found.items():
+    if name in same:
+      continue
+    say(_describe(name, entry['changes'], counts[name]))
     for line in entry['differs']:
-      console.print(f'{name}: {line}', highlight=False, markup=False, soft_wrap=True)
+      say(f'  {line}')
     listed = [change for change in entry['changes'] if every or change.outcome]
     for change in listed[:_SHOWN]:
-      gap = (
-        '' if change.log_prob_gap is None else f'  log-probability moved {change.log_prob_gap:.2e}'
-      )
-      console.print(
-        f'{name} item {change.item}: {change.before} -> {change.after}  ({change.why}){gap}',
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-      )
+      gap = '' if change.log_prob_gap is None else f', moved by {change.log_prob_gap:.2e}'
+      say(f'  item {change.item}: {change.before} -> {change.after} ({change.why}{gap})')
     if len(listed) > _SHOWN:
-      console.print(f'{name}: {len(listed) - _SHOWN} more; --json lists all')
+      say(f'  and {len(listed) - _SHOWN} more; --json lists all')
+  say(f'{len(same)} of {len(found)} tasks are the same, {sum(counts[n] for n in same)} items')
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--json', action='store_true', help='one JSON object and nothing else')
   args = parser.parse_args(argv)
   try:
-    found = compare_all(results.load_all(args.a), results.load_all(args.b))
+    one, two = results.load_all(args.a), results.load_all(args.b)
+    found = compare_all(one, two)
   except ConfigError as error:
     print(f'error: {error}', file=sys.stderr)
     return 64
@@ -104,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     print(json.dumps(as_json))
   else:
-    _show(found, args.all, Console())
+    counts = {name: len(one[name]['items']) for name in found}
+    _show(found, counts, args.all, Console())
   return 0
 
 

@@ -36,7 +36,7 @@ from scripts import gin_flags
 from tasks.evaluation import catalogue
 
 EXIT_USAGE = 64
-_WIDE = 120  # columns of a terminal that takes the whole table
+_WIDE = 110  # columns of a terminal that takes the whole table
 
 _MULTI = flags.DEFINE_bool('multiprocess', False, 'One of several processes of a run.')
 
@@ -99,7 +99,7 @@ def table(rows: Sequence[results.Row], title: str, wide: bool) -> Table:
   found.add_column('task', no_wrap=True)
   if wide:
     found.add_column('metric', no_wrap=True)
-  names = ['score', '95 %', 'normalised', '95 %', *(['items', 'shots', 'dropped'] if wide else ())]
+  names = ['score', 'normalised', '95 %', *(['items', 'shots', 'dropped'] if wide else ())]
   for name in names:
     found.add_column(name, justify='right', no_wrap=True)
   for row in rows:
@@ -108,7 +108,6 @@ def table(rows: Sequence[results.Row], title: str, wide: bool) -> Table:
       found.add_section()
     cells = [
       '' if average else f'{row.score:.4f}',
-      '' if average else f'{row.low95:.3f} to {row.high95:.3f}',
       f'{row.normalised:.2f}',
       '{:.1f} to {:.1f}'.format(*row.normalised95),
     ]
@@ -177,7 +176,7 @@ def run(config: evaluate_lib.EvaluationConfig) -> list[results.Row]:
 def main(argv: list[str]) -> int:
   if len(argv) > 1:
     raise app.UsageError(f'Unknown arguments: {argv[1:]}')
-  logging.set_verbosity(logging.WARNING)
+  logging.set_verbosity(logging.ERROR)
   try:
     if _MULTI.value:
       jax.distributed.initialize()

@@ -114,8 +114,12 @@ def _named(directories: Sequence[str]) -> dict[str, str]:
 
 
 def draw_bars(args: argparse.Namespace) -> list[str]:
-  summaries = {name: read_summary(d) for name, d in _named(args.directories).items()}
-  figure, rows = figures.bars_figure({name: s['rows'] for name, s in summaries.items()})
+  summaries = [read_summary(directory) for directory in args.directories]
+  names = [summary['model']['name'] for summary in summaries]
+  if len(set(names)) < len(names):
+    names = list(_named(args.directories))
+  bars = {name: summary['rows'] for name, summary in zip(names, summaries, strict=True)}
+  figure, rows = figures.bars_figure(bars)
   return figures.write(figure, rows, pathlib.Path(args.out) / 'bars')
 
 

@@ -14,7 +14,8 @@
 # TASKS           names with commas: bigbench_lite, openmoe, jetmoe, or single ones
 # SHOTS           solved examples in a prompt (default: as published; 1 for the demo)
 # PROMPT_MODE     fixed, or reference with the original's quirks
-# OUT_DIR         for results (default: CHECKPOINT/eval, or runs/eval for remote checkpoints)
+# OUT_DIR         for results (default: eval/ in the run, by checkpoint and mode); on several hosts
+#                 a place that all of them see
 # BIGBENCH_DIR    the task files of BIG-bench-Lite (default: runs/bigbench_lite; fetched if absent)
 # DATA_DIR        the files of the other benchmarks (default: runs/evaluation_data)
 # ACCELERATOR     cpu, gpu or tpu (default: what is found)
@@ -51,13 +52,19 @@ fi
 
 args=(--gin_file=gin/runs/eval.gin "--gin.CHECKPOINT='$CHECKPOINT'")
 if [[ -z "${TASKS:-}" ]]; then
-  TASKS=known_unknowns,novel_concepts,conceptual_combinations,operators,repeat_copy_logic
+  TASKS=known_unknowns,novel_concepts,conceptual_combinations,operators
   SHOTS="${SHOTS:-1}"
   args+=(--gin.MAX_ITEMS=64 --gin.MAX_NEW_TOKENS=24)
 fi
+# Results are kept apart by checkpoint and mode: a run that trained on is another model.
 if [[ -z "${OUT_DIR:-}" ]]; then
-  OUT_DIR="$CHECKPOINT/eval"
-  [[ "$CHECKPOINT" == *://* ]] && OUT_DIR="runs/eval/$(basename "$CHECKPOINT")"
+  run="$CHECKPOINT" name=results
+  if [[ "$(basename "$CHECKPOINT")" == checkpoint_* ]]; then
+    run="$(dirname "$CHECKPOINT")" name="$(basename "$CHECKPOINT")"
+  elif compgen -G "$CHECKPOINT/checkpoint_*" >/dev/null; then
+    name="$(basename -a "$CHECKPOINT"/checkpoint_* | sort -V | tail -n 1)"
+  fi
+  OUT_DIR="$run/eval/${name}_${PROMPT_MODE:-fixed}"
 fi
 BIGBENCH_DIR="${BIGBENCH_DIR:-runs/bigbench_lite}"
 

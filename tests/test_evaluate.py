@@ -171,7 +171,9 @@ def test_comparing_tells_causes_apart(tmp_path, tasks, capsys):
   found = json.loads(compare(tmp_path, capsys, '--json'))[tasks[0].name]
   assert {change['why'] for change in found['changes']} == {'numerics'}
   assert not any(change['outcome'] for change in found['changes'])
-  assert 'numerics' in compare(tmp_path, capsys, '--all')
+  shown = compare(tmp_path, capsys, '--all')
+  assert '7 of 7 items differ (numerics 7), the figure of 0' in shown
+  assert 'moved by' in shown
   one = results.load_all(tmp_path / 'a')[tasks[0].name]
   assert results.compare(one, one) == []
   other = json.loads(json.dumps(one))
