@@ -44,6 +44,8 @@ SIDE = {
   'metrics': {'config', 'hardware', 'display'},
   'report': {'metrics'},
   'run_record': {'metrics'},
+  'results': {'config', 'metrics'},
+  'figures': {'config', 'metrics', 'report'},
 }
 # The other packages: what each may import of ours.
 PACKAGES = {

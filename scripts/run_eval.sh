@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# Evaluates a checkpoint; run again, it does what is not finished yet.
+#
+#   bash scripts/run_eval.sh
+#       with nothing given: evaluates runs/openmoe_tiny (made by scripts/run_pretrain.sh) on a few
+#       tasks of BIG-bench-Lite, which it fetches first (358 MB, of which 71 MB are kept).
+#   MODEL=openmoe_8b CHECKPOINT=gs://... TASKS=bigbench_lite bash scripts/run_eval.sh
+#       the full run, on every host of a pod at the same time.
+#
+# CHECKPOINT      run directory, checkpoint_<step> folder or Hugging Face folder
+#                 (default: runs/MODEL, the run of scripts/run_pretrain.sh)
+# MODEL           a name of gin/models that CHECKPOINT must agree with (default: not checked)
+# VOCABULARY      SentencePiece model, for checkpoints that do not say theirs
+# TASKS           names with commas: bigbench_lite, openmoe, jetmoe, or single ones
+# SHOTS           solved examples in a prompt (default: as published; 1 for the demo)
+# PROMPT_MODE     fixed, or reference with the original's quirks
+# OUT_DIR         for results (default: eval/ in the run, by checkpoint and mode); on several hosts
+#                 a place that all of them see
+# BIGBENCH_DIR    the task files of BIG-bench-Lite (default: runs/bigbench_lite; fetched if absent)
+# DATA_DIR        the files of the other benchmarks (default: runs/evaluation_data)
+# ACCELERATOR     cpu, gpu or tpu (default: what is found)
+# Arguments are passed on to scripts.evaluate: --gin.MAX_ITEMS=100, ...
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$ROOT"
+
+die() {
+  printf '[run_eval] error: %s\n' "$*" >&2
+  exit 1
+}
+
+find_accelerator() { # as scripts/run_pretrain.sh
+  if compgen -G '/dev/accel*' >/dev/null || [[ -n "${TPU_NAME:-}${TPU_WORKER_ID:-}" ]]; then
+    echo tpu
+  elif command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+    echo gpu
+  elif compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
+    echo tpu
+  else
+    echo cpu
+  fi
+}
+
+[[ -z "${MODEL:-}" || -f "gin/models/$MODEL.gin" ]] ||
+  die "MODEL=$MODEL is not in gin/models; there are: $(find gin/models -name '*.gin' -exec basename {} .gin \; | sort | xargs)."
+CHECKPOINT="${CHECKPOINT:-runs/${MODEL:-openmoe_tiny}}"
+if [[ "$CHECKPOINT" != *://* && ! -e "$CHECKPOINT" ]]; then
+  die "there is no $CHECKPOINT; 'bash scripts/run_pretrain.sh' makes runs/openmoe_tiny in minutes," \
+    "or set CHECKPOINT to a run, a checkpoint or a Hugging Face folder."
+fi
+
+args=(--gin_file=gin/runs/eval.gin "--gin.CHECKPOINT='$CHECKPOINT'")
+if [[ -z "${TASKS:-}" ]]; then
+  TASKS=known_unknowns,novel_concepts,conceptual_combinations,operators
+  SHOTS="${SHOTS:-1}"
+  args+=(--gin.MAX_ITEMS=64 --gin.MAX_NEW_TOKENS=24)
+fi
+# Results are kept apart by checkpoint and mode: a run that trained on is another model.
+if [[ -z "${OUT_DIR:-}" ]]; then
+  run="$CHECKPOINT" name=results
+  if [[ "$(basename "$CHECKPOINT")" == checkpoint_* ]]; then
+    run="$(dirname "$CHECKPOINT")" name="$(basename "$CHECKPOINT")"
+  elif compgen -G "$CHECKPOINT/checkpoint_*" >/dev/null; then
+    name="$(basename -a "$CHECKPOINT"/checkpoint_* | sort -V | tail -n 1)"
+  fi
+  OUT_DIR="$run/eval/${name}_${PROMPT_MODE:-fixed}"
+fi
+BIGBENCH_DIR="${BIGBENCH_DIR:-runs/bigbench_lite}"
+
+accelerator="${ACCELERATOR:-$(find_accelerator)}"
+case "$accelerator" in
+  tpu)
+    bash scripts/setup_env.sh tpu
+    args+=(--multiprocess)
+    ;;
+  gpu) bash scripts/setup_env.sh cuda ;;
+  cpu)
+    bash scripts/setup_env.sh
+    export JAX_PLATFORMS=cpu
+    ;;
+  *) die "ACCELERATOR=$accelerator must be cpu, gpu or tpu." ;;
+esac
+PYTHON="${OPENMOE_VENV:-$ROOT/.venv}/bin/python"
+export TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
+
+# Fetched where a task of BIG-bench-Lite is asked for; with the files in place nothing happens.
+if "$PYTHON" - "$TASKS" <<'PY'
+import sys
+from tasks.bigbench.files import TASKS
+
+sys.exit(not {'bigbench_lite', *TASKS} & set(sys.argv[1].split(',')))
+PY
+then
+  "$PYTHON" -m scripts.fetch_bigbench_lite --out "$BIGBENCH_DIR"
+fi
+
+names="$(printf "'%s'," ${TASKS//,/ })"
+args+=("--gin.TASKS=($names)" "--gin.OUT_DIR='$OUT_DIR'" "--gin.BIGBENCH_DIR='$BIGBENCH_DIR'")
+if [[ -n "${MODEL:-}" ]]; then args+=("--gin.MODEL='$MODEL'"); fi
+if [[ -n "${VOCABULARY:-}" ]]; then args+=("--gin.VOCABULARY='$VOCABULARY'"); fi
+if [[ -n "${SHOTS:-}" ]]; then args+=("--gin.SHOTS=$SHOTS"); fi
+if [[ -n "${PROMPT_MODE:-}" ]]; then args+=("--gin.PROMPT_MODE='$PROMPT_MODE'"); fi
+if [[ -n "${DATA_DIR:-}" ]]; then args+=("--gin.DATA_DIR='$DATA_DIR'"); fi
+
+exec "$PYTHON" -m scripts.evaluate "${args[@]}" "$@"

@@ -1,0 +1,1 @@
+"""The published benchmarks besides BIG-bench-Lite; catalogue.py lists them."""

@@ -1,0 +1,148 @@
+"""MT-Bench answers in FastChat's format, for its judge.
+
+Two turns a question; the answer file has one JSON object a line: question_id, answer_id, model_id,
+choices [{index, turns}], tstamp. Temperatures by category are FastChat's. Judging is FastChat's
+`gen_judgment`, which takes the file as it is.
+
+Columns of the questions: question_id, category, turns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from openmoe.config import ConfigError
+from tasks.evaluation.records import Record, field
+
+TEMPERATURES = {
+  'writing': 0.7,
+  'roleplay': 0.7,
+  'extraction': 0.0,
+  'math': 0.0,
+  'coding': 0.0,
+  'reasoning': 0.0,
+  'stem': 0.1,
+  'humanities': 0.1,
+}
+OTHER_TEMPERATURE = 0.7
+MAX_NEW_TOKENS = 1024
+# What OpenMoE's page gives. Its published scores were made with the longer system text of Llama 2.
+OPENMOE_SYSTEM = 'You are a helpful, respectful and honest assistant.'
+
+Conversation = Callable[[Sequence[str], Sequence[str], str], str]
+
+
+def openmoe_reference(users: Sequence[str], replies: Sequence[str], system: str) -> str:
+  """As the published answers were made: no space before the first question."""
+  text = f'<<SYS>>\n{system}\n<</SYS>>\n\n<s>[INST]{users[0]} [/INST]'
+  for reply, user in zip(replies, users[1:], strict=True):
+    text += f' {reply} </s><s>[INST] {user} [/INST]'
+  return text
+
+
+def openmoe_fixed(users: Sequence[str], replies: Sequence[str], system: str) -> str:
+  """As the model's page shows it, and as it was trained."""
+  text = f'<<SYS>>\n{system}\n<</SYS>>\n\n<s>[INST] {users[0]} [/INST]'
+  for reply, user in zip(replies, users[1:], strict=True):
+    text += f' {reply} </s><s>[INST] {user} [/INST]'
+  return text
+
+
+def jetmoe(users: Sequence[str], replies: Sequence[str], system: str) -> str:
+  """Marked by role, as JetMoE-8B-chat."""
+  text = f'<|system|>\n{system}</s>\n' if system else ''
+  for user, reply in zip(users, [*replies, None], strict=True):
+    text += f'<|user|>\n{user}</s>\n<|assistant|>\n'
+    text += '' if reply is None else f'{reply}</s>\n'
+  return text
+
+
+# name: (conversation, system text unless another is given)
+CONVERSATIONS: dict[str, tuple[Conversation, str]] = {
+  'openmoe_reference': (openmoe_reference, OPENMOE_SYSTEM),
+  'openmoe': (openmoe_fixed, OPENMOE_SYSTEM),
+  'jetmoe': (jetmoe, ''),
+}
+STOP = ('</s>',)
+
+
+def answer(
+  model: Any,
+  questions: Sequence[Record],
+  conversation: Conversation,
+  system: str,
+  sampling: Callable[[float], Any],
+  seed: int = 0,
+) -> Iterator[Mapping[str, Any]]:
+  """Answers questions one by one, turn after turn.
+
+  Args:
+    model: an openmoe.inference.LanguageModel.
+    questions: records; see the module's docstring.
+    conversation: of CONVERSATIONS.
+    system: its system text.
+    sampling: makes the model's sampling settings from a temperature.
+    seed: of draws.
+
+  Yields:
+    Answers without time stamp.
+
+  Raises:
+    ConfigError: a question leaves no room for an answer.
+  """
+  for question in questions:
+    users, replies = field(question, 'turns', 'mt_bench'), []
+    heat = TEMPERATURES.get(question.get('category', ''), OTHER_TEMPERATURE)
+    for turn in range(len(users)):
+      ids = model.vocabulary.encode(conversation(users[: turn + 1], replies, system))
+      # The published run lowered the length of an answer where prompt and answer would not fit.
+      room = min(MAX_NEW_TOKENS, model.max_length - 1 - len(ids))
+      if room < 1:
+        raise ConfigError(
+          f'question {question["question_id"]} turn {turn + 1} has {len(ids)} tokens; the model '
+          f'takes {model.max_length} with the answer. Leave it out of the questions.'
+        )
+      found = model.generate([ids], room, stop=STOP, sampling=sampling(heat), seed=seed)
+      replies.append(found[0][0].text.strip())
+    yield {
+      'question_id': question['question_id'],
+      'choices': [{'index': 0, 'turns': replies}],
+    }
+
+
+def read_answers(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """Answers of an earlier run; [] if there is no file."""
+  path = pathlib.Path(path)
+  if not path.exists():
+    return []
+  try:
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+  except json.JSONDecodeError as error:
+    raise ConfigError(f'{path} is no answer file ({error}); move it away.') from error
+
+
+def write_answers(path: str | os.PathLike, answers: Sequence[Mapping[str, Any]]) -> None:
+  """The whole file, in one rename."""
+  path = pathlib.Path(path)
+  partial = path.with_name(f'{path.name}.partial')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial.write_text(''.join(json.dumps(a, ensure_ascii=False) + '\n' for a in answers))
+  partial.replace(path)
+
+
+def stamped(answer: Mapping[str, Any], model_id: str) -> dict[str, Any]:
+  """With what FastChat's files have besides; the same answer has the same id."""
+  text = json.dumps([model_id, answer], ensure_ascii=False)
+  return {
+    'question_id': answer['question_id'],
+    'answer_id': hashlib.sha256(text.encode()).hexdigest()[:22],
+    'model_id': model_id,
+    'choices': answer['choices'],
+    'tstamp': time.time(),
+  }
