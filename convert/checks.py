@@ -60,7 +60,8 @@ def verify(a: Form, b: Form, config: ModelConfig, logits: bool = True) -> tuple[
   """Every tensor of two checkpoints, then logits and routing on seeded tokens.
 
   Tensors agree when they are equal bit by bit or, of different dtypes, when the wider one rounds
-  to the other.
+  to the other. Logits of b are along the routing of a, so that they tell of the weights alone;
+  same_first_expert tells of the routing.
 
   Returns:
     (problems, each naming its tensor; the comparison of logits and routing, empty when names or
@@ -90,7 +91,9 @@ def verify(a: Form, b: Form, config: ModelConfig, logits: bool = True) -> tuple[
   comparison = {}
   if logits and not any('cannot be read' in p or 'truncated' in p for p in problems):
     tokens = seeded_tokens(config.vocab_size)
-    comparison = agreement(forward(a, config, tokens), forward(b, config, tokens))
+    first = forward(a, config, tokens)
+    follow = first.experts if first.experts.size else None
+    comparison = agreement(first, forward(b, config, tokens, follow))
   return problems, comparison
 
 

@@ -34,7 +34,7 @@ def test_rows_cover_the_published_sizes(model, tensors, parameters):
 
 
 def test_a_config_survives_json():
-  for model in ('openmoe_34b', 'openllama_base'):
+  for model in ('openmoe_34b', 'openllama_base', 'jetmoe_8b'):
     config = sizes.named(model)
     assert sizes.config_from(sizes.to_json(config), model) == config
 
