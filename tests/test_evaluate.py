@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import pathlib
+import subprocess
 import zlib
 
+import gin
 import numpy as np
 import pytest
 
+from convert import sizes
 from openmoe import evaluate, results
 from openmoe.config import ConfigError
 from openmoe.data.items import EvaluationTask, Item, Prompt
-from scripts import compare_evals
+from scripts import compare_evals, gin_flags
 from scripts import evaluate as script
 from tasks.bigbench import lite
 from tests.evaluation_case import FakeModel, Silent
 from tests.tasks import bigbench_case
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def config(tmp_path, **changes):
@@ -230,3 +238,49 @@ def test_the_fake_model_is_a_checksum():
   assert FakeModel()._score([1], [2]).log_prob == pytest.approx(
     np.log((zlib.crc32(b'[1, 2]') + 1) / 2**33)
   )
+
+
+@pytest.fixture
+def _fresh_gin():
+  gin.clear_config()
+  yield
+  gin.clear_config()
+
+
+@pytest.mark.usefixtures('_fresh_gin')
+def test_the_gin_file_binds_every_setting():
+  path = ROOT / 'gin' / 'runs' / 'eval.gin'
+  assert gin_flags._required([path.read_text()]) == ['CHECKPOINT', 'TASKS', 'OUT_DIR']
+  gin.parse_config_file(str(path))
+  gin.parse_config("CHECKPOINT = 'c'\nTASKS = ('winowhy',)\nOUT_DIR = 'o'")
+  bound = gin_flags.bindings('evaluate.EvaluationConfig')
+  found = evaluate.EvaluationConfig(**bound)
+  assert found == evaluate.EvaluationConfig('c', 'o', ('winowhy',))
+  # What has no macro has its reason: neither changes a figure.
+  fields = {field.name for field in dataclasses.fields(found)}
+  assert fields - set(bound) == {'chunk', 'resamples'}
+
+
+@pytest.mark.parametrize(
+  ('variables', 'said'),
+  [
+    ({'MODEL': 'openmoe_tny'}, 'is not in gin/models; there are: jetmoe_8b'),
+    ({'CHECKPOINT': 'runs/nowhere'}, "there is no runs/nowhere; 'bash scripts/run_pretrain.sh'"),
+  ],
+)
+def test_run_eval_names_what_is_missing(variables, said):
+  done = subprocess.run(
+    ['bash', str(ROOT / 'scripts' / 'run_eval.sh')],
+    env={**os.environ, **variables},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 1
+  assert said in done.stderr
+
+
+def test_a_checkpoint_of_another_model_is_refused():
+  tiny = sizes.named('openmoe_tiny')
+  script.check_sizes(tiny, 'openmoe_tiny', 'run')
+  with pytest.raises(ConfigError, match='run has num_layers .* MODEL=openmoe_8b has 24'):
+    script.check_sizes(tiny, 'openmoe_8b', 'run')
