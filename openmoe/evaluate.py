@@ -312,7 +312,7 @@ def identity(model: Model, task: EvaluationTask, config: EvaluationConfig) -> di
     'model': {'name': model.name, 'fingerprint': model.fingerprint},
     'tokenizer': tokenizer_digest(model.vocabulary),
     'bos': f'id {getattr(model, "start_id", 0)} before every prompt',
-    'settings': settings(task, config),
+    'settings': settings(task, config) | {'max_length': model.max_length},
   }
 
 
