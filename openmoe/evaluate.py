@@ -409,6 +409,7 @@ def _figures(task, config, items, predictions, records) -> dict[str, Any]:
     'metric': task.metric,
     'low': task.low,
     'high': task.high,
+    'in_average': task.in_average,
     'shots': task.shots,
     'metrics': metrics,
     'count': len(items),

@@ -119,7 +119,7 @@ def summarise(results: Sequence[Mapping[str, Any]], resamples: int, seed: int) -
   groups: dict[str, list[Mapping[str, Any]]] = {}
   for result in results:
     groups.setdefault(result['group'], []).append(result)
-  rows, spreads = [], []
+  rows, spreads, counted = [], [], []
   for group, members in groups.items():
     metric = members[0]['metric']
     values = [[item['measures'][metric] for item in member['items']] for member in members]
@@ -127,7 +127,10 @@ def summarise(results: Sequence[Mapping[str, Any]], resamples: int, seed: int) -
     score = float(np.mean([np.mean(v) for v in values]))
     low, high = (float(np.mean([member[key] for member in members])) for key in ('low', 'high'))
     normalise = lambda x, low=low, high=high: 100 * (x - low) / (high - low)
-    spreads.append(normalise(means))
+    spread = normalise(means)
+    if members[0]['in_average']:
+      spreads.append(spread)
+      counted.append(normalise(score))
     rows.append(
       Row(
         group,
@@ -135,14 +138,14 @@ def summarise(results: Sequence[Mapping[str, Any]], resamples: int, seed: int) -
         score,
         *interval(means),
         normalise(score),
-        tuple(interval(spreads[-1])),
+        tuple(interval(spread)),
         sum(map(len, values)),
         members[0]['shots'],
         max(member['model']['dropped_fraction'] for member in members),
       )
     )
-  if len(rows) > 1:
-    score, spread = float(np.mean([row.normalised for row in rows])), np.mean(spreads, axis=0)
+  if len(counted) > 1:
+    score, spread = float(np.mean(counted)), np.mean(spreads, axis=0)
     rows.append(
       Row(
         'average',

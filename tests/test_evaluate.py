@@ -159,10 +159,18 @@ def test_a_known_score_is_normalised_as_published():
     'low': 0.5,
     'high': 1.0,
     'shots': 3,
+    'in_average': True,
     'model': {'dropped_fraction': 0.0},
     'items': [record(i < 20) for i in range(46)],
   }
   assert results.summarise([result], 100, 0)[0].normalised == pytest.approx(-13.04, abs=0.005)
+
+
+def test_second_kinds_have_a_row_and_do_not_count_in_the_average(tmp_path, tasks):
+  aside = dataclasses.replace(tasks[1], group='aside', in_average=False, name='other')
+  rows = evaluate.evaluate(FakeModel(), [*tasks, aside], config(tmp_path), Silent())
+  assert [row.group for row in rows] == ['winowhy', 'operators', 'aside', 'average']
+  assert rows[3].normalised == pytest.approx((rows[0].normalised + rows[1].normalised) / 2)
 
 
 def compare(tmp_path, capsys, *arguments):

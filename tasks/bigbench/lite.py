@@ -75,6 +75,7 @@ def evaluation_tasks(
           low=leaf.low if main else 0.0,
           high=leaf.high if main else 100.0,
           shots=shots,
+          in_average=main,
           reference_length=REFERENCE_LENGTH,
         )
       )
