@@ -154,6 +154,7 @@ def test_bootstrap_is_of_the_right_width_and_repeatable():
 def test_a_known_score_is_normalised_as_published():
   record = lambda right: {'measures': {'m': float(right)}}
   result = {
+    'task': 't',
     'group': 'known_unknowns',
     'metric': 'm',
     'low': 0.5,
@@ -171,6 +172,25 @@ def test_second_kinds_have_a_row_and_do_not_count_in_the_average(tmp_path, tasks
   rows = evaluate.evaluate(FakeModel(), [*tasks, aside], config(tmp_path), Silent())
   assert [row.group for row in rows] == ['winowhy', 'operators', 'aside', 'average']
   assert rows[3].normalised == pytest.approx((rows[0].normalised + rows[1].normalised) / 2)
+
+
+def test_the_average_of_many_tasks_is_surer_than_each():
+  items = [{'measures': {'m': float(i % 2)}} for i in range(50)]
+  make = lambda k: {
+    'task': f't{k}',
+    'group': f'g{k}',
+    'metric': 'm',
+    'low': 0.0,
+    'high': 1.0,
+    'shots': 0,
+    'in_average': True,
+    'model': {'dropped_fraction': 0.0},
+    'items': items,
+  }
+  rows = results.summarise([make(k) for k in range(16)], 4000, 0)
+  widths = [row.normalised95[1] - row.normalised95[0] for row in rows]
+  # Independent samples of one variance: a quarter of the width of one of them.
+  assert widths[-1] == pytest.approx(np.mean(widths[:-1]) / 4, rel=0.1)
 
 
 def compare(tmp_path, capsys, *arguments):
