@@ -7,10 +7,12 @@ openmoe/inference.py's.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import enum
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -30,8 +32,8 @@ _SPARE_TOKENS = 8  # a generated answer may be so much longer than the longest t
 class PromptMode(enum.Enum):
   """How prompts are made and cut.
 
-  REFERENCE: as the released evaluation did, quirks kept; a prompt over input_length tokens loses
-    its end, and with it the question.
+  REFERENCE: as the released evaluation did, quirks kept; a prompt that is too long loses its end,
+    and with it the question.
   FIXED: a prompt that is too long loses shots, first ones first; the question stays.
   """
 
@@ -53,7 +55,6 @@ class EvaluationConfig:
     max_length: tokens of prompt and answer together; None is what the model was made for.
     shots: solved examples in a prompt; None is what each task is published with.
     prompt_mode: 'fixed' or 'reference'.
-    input_length: most tokens of a prompt in reference mode.
     max_items: evaluate only so many items of each task, the first ones; None for all.
     max_new_tokens: most tokens of a generated text; None is what each task asks for.
     chunk: items between two updates of the display.
@@ -75,7 +76,6 @@ class EvaluationConfig:
   max_length: int | None = None
   shots: int | None = None
   prompt_mode: str = 'fixed'
-  input_length: int = 1024
   max_items: int | None = None
   max_new_tokens: int | None = None
   chunk: int = 64
@@ -95,7 +95,7 @@ class EvaluationConfig:
       raise ConfigError(f"tasks={self.tasks!r} must be a tuple of names, such as ('triviaqa',).")
     if self.shots is not None and self.shots < 0:
       raise ConfigError(f'shots={self.shots} must be 0 or more, or None.')
-    for name in ('input_length', 'max_items', 'max_new_tokens', 'chunk', 'resamples', 'samples'):
+    for name in ('max_items', 'max_new_tokens', 'chunk', 'resamples', 'samples'):
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ConfigError(f'{name}={value} must be at least 1.')
@@ -155,15 +155,15 @@ def fit(
   room: int,
   encode: Callable[[str], Sequence[int]],
   mode: PromptMode,
-  input_length: int,
+  input_length: int | None = None,
 ) -> Fitted:
   """A prompt in at most `room` tokens; see PromptMode.
 
   In fixed mode the shots go one by one, and only when the bare question is still too long does its
-  beginning go.
+  beginning go. In reference mode input_length is a limit as well.
   """
   if mode is PromptMode.REFERENCE:
-    ids, length = encode(prompt.text()), min(room, input_length)
+    ids, length = encode(prompt.text()), min(room, input_length or room)
     return Fitted(prompt.text(), tuple(ids[:length]), len(prompt.shots), max(0, len(ids) - length))
   for shots in range(len(prompt.shots), -1, -1):
     ids = encode(prompt.text(shots))
@@ -179,7 +179,6 @@ class _Encoder:
     self._vocabulary = model.vocabulary
     self._max_length = model.max_length
     self._mode = PromptMode(config.prompt_mode)
-    self._input_length = config.input_length
     self._task = task
 
   def ids(self, text: str) -> list[int]:
@@ -192,7 +191,7 @@ class _Encoder:
         f'{self._task.name}: {after} tokens after the prompt leave none of the {self._max_length} '
         'of the model; lower max_new_tokens, or leave the task out.'
       )
-    return fit(prompt, room, self.ids, self._mode, self._input_length)
+    return fit(prompt, room, self.ids, self._mode, self._task.reference_length)
 
   def choices(self, item: Item) -> tuple[list[Fitted], list[list[int]]]:
     """(prompt, continuation ids) of every choice; all of them keep the same number of shots."""
@@ -294,7 +293,7 @@ def settings(task: EvaluationTask, config: EvaluationConfig) -> dict[str, Any]:
   return {
     'prompt_mode': config.prompt_mode,
     'shots': task.shots,
-    'input_length': config.input_length if config.prompt_mode == 'reference' else None,
+    'input_length': task.reference_length if config.prompt_mode == 'reference' else None,
     'max_items': config.max_items,
     'max_new_tokens': config.max_new_tokens or task.max_new_tokens,
     'samples': task.samples,
@@ -313,7 +312,7 @@ def identity(model: Model, task: EvaluationTask, config: EvaluationConfig) -> di
     'model': {'name': model.name, 'fingerprint': model.fingerprint},
     'tokenizer': tokenizer_digest(model.vocabulary),
     'bos': f'id {getattr(model, "start_id", 0)} before every prompt',
-    'settings': settings(task, config),
+    'settings': settings(task, config) | {'max_length': model.max_length},
   }
 
 
@@ -337,6 +336,35 @@ def _finished(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any] | N
   return found
 
 
+def _measure(task: EvaluationTask, items: Sequence[Item], predictions: Sequence[Prediction]):
+  """Figures of each item, side by side: for a program to be measured is to be run."""
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    return list(pool.map(task.measure, items, predictions))
+
+
+def _answer(model, task, config, items: Sequence[Item], display):
+  """(records, predictions) of all items, in their order."""
+  encoder = _Encoder(model, config, task)
+  new_tokens = 0 if items[0].choices else _new_tokens(task, config, encoder, items)
+  records: list[dict[str, Any] | None] = [None] * len(items)
+  predictions: list[Prediction | None] = [None] * len(items)
+  # Alike lengths together, so that little of a batch is padding.
+  order = sorted(range(len(items)), key=lambda i: len(items[i].prompt.text()))
+  for begin in range(0, len(order), config.chunk):
+    chosen = order[begin : begin + config.chunk]
+    asked = [items[i] for i in chosen]
+    if asked[0].choices:
+      answered = list(_score_items(model, encoder, asked))
+    else:
+      answered = list(_generate_items(model, encoder, task, config, asked, new_tokens))
+    measured = _measure(task, asked, [prediction for _, prediction in answered])
+    for index, (record, prediction), measures in zip(chosen, answered, measured, strict=True):
+      record['measures'] = {name: float(value) for name, value in measures.items()}
+      records[index], predictions[index] = record, prediction
+    display.advance(len(chosen))
+  return records, predictions
+
+
 def evaluate_task(
   model: Model, task: EvaluationTask, config: EvaluationConfig, display: Display
 ) -> dict[str, Any]:
@@ -356,24 +384,7 @@ def evaluate_task(
     return found
   items = list(task.items())[: config.max_items]
   display.begin(task.name, len(items))
-  encoder = _Encoder(model, config, task)
-  new_tokens = 0 if items[0].choices else _new_tokens(task, config, encoder, items)
-  records: list[dict[str, Any] | None] = [None] * len(items)
-  predictions: list[Prediction | None] = [None] * len(items)
-  # Alike lengths together, so that little of a batch is padding.
-  order = sorted(range(len(items)), key=lambda i: len(items[i].prompt.text()))
-  for begin in range(0, len(order), config.chunk):
-    chosen = order[begin : begin + config.chunk]
-    asked = [items[i] for i in chosen]
-    if asked[0].choices:
-      answered = _score_items(model, encoder, asked)
-    else:
-      answered = _generate_items(model, encoder, task, config, asked, new_tokens)
-    for index, (record, prediction) in zip(chosen, answered, strict=True):
-      measures = task.measure(items[index], prediction)
-      record['measures'] = {name: float(value) for name, value in measures.items()}
-      records[index], predictions[index] = record, prediction
-    display.advance(len(chosen))
+  records, predictions = _answer(model, task, config, items, display)
   head |= _figures(task, config, items, predictions, records)
   head['model']['dropped_fraction'] = float(model.dropped_fraction)
   if jax.process_index() == 0:
@@ -398,6 +409,7 @@ def _figures(task, config, items, predictions, records) -> dict[str, Any]:
     'metric': task.metric,
     'low': task.low,
     'high': task.high,
+    'in_average': task.in_average,
     'shots': task.shots,
     'metrics': metrics,
     'count': len(items),

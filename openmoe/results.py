@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def load_all(directory: str | os.PathLike) -> dict[str, dict[str, Any]]:
   return {result['task']: result for result in map(load, paths)}
 
 
-def bootstrap(values: Sequence[float], resamples: int, seed: int) -> np.ndarray:
+def bootstrap(values: Sequence[float], resamples: int, seed: int | Sequence[int]) -> np.ndarray:
   """float64 [resamples]: means of samples of the values, drawn with replacement."""
   unique, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
   rng = np.random.default_rng(seed)
@@ -119,15 +120,21 @@ def summarise(results: Sequence[Mapping[str, Any]], resamples: int, seed: int) -
   groups: dict[str, list[Mapping[str, Any]]] = {}
   for result in results:
     groups.setdefault(result['group'], []).append(result)
-  rows, spreads = [], []
+  rows, spreads, counted = [], [], []
   for group, members in groups.items():
     metric = members[0]['metric']
     values = [[item['measures'][metric] for item in member['items']] for member in members]
-    means = np.mean([bootstrap(v, resamples, seed + i) for i, v in enumerate(values)], axis=0)
+    # A stream of its own for each task: from one seed alone, tasks would move together.
+    streams = [(seed, zlib.crc32(member['task'].encode())) for member in members]
+    drawn = [bootstrap(v, resamples, stream) for v, stream in zip(values, streams, strict=True)]
+    means = np.mean(drawn, axis=0)
     score = float(np.mean([np.mean(v) for v in values]))
     low, high = (float(np.mean([member[key] for member in members])) for key in ('low', 'high'))
     normalise = lambda x, low=low, high=high: 100 * (x - low) / (high - low)
-    spreads.append(normalise(means))
+    spread = normalise(means)
+    if members[0]['in_average']:
+      spreads.append(spread)
+      counted.append(normalise(score))
     rows.append(
       Row(
         group,
@@ -135,14 +142,14 @@ def summarise(results: Sequence[Mapping[str, Any]], resamples: int, seed: int) -
         score,
         *interval(means),
         normalise(score),
-        tuple(interval(spreads[-1])),
+        tuple(interval(spread)),
         sum(map(len, values)),
         members[0]['shots'],
         max(member['model']['dropped_fraction'] for member in members),
       )
     )
-  if len(rows) > 1:
-    score, spread = float(np.mean([row.normalised for row in rows])), np.mean(spreads, axis=0)
+  if len(counted) > 1:
+    score, spread = float(np.mean(counted)), np.mean(spreads, axis=0)
     rows.append(
       Row(
         'average',

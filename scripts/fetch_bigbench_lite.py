@@ -51,13 +51,19 @@ def index_url() -> str:
   """Address of the package index as pip would take it."""
   if os.environ.get('PIP_INDEX_URL'):
     return os.environ['PIP_INDEX_URL'].rstrip('/')
-  done = subprocess.run(
-    [sys.executable, '-m', 'pip', 'config', 'get', 'global.index-url'],
-    capture_output=True,
-    text=True,
-    check=False,  # an environment made by uv has no pip, and a value that is not set is an error
-  )
-  return (done.stdout.strip() if done.returncode == 0 else '').rstrip('/') or _PYPI
+  # An environment that uv made has no pip of its own; pip's files then speak through another one.
+  for pip in ([sys.executable, '-m', 'pip'], [shutil.which('pip3') or shutil.which('pip')]):
+    if pip[0] is None:
+      continue
+    done = subprocess.run(
+      [*pip, 'config', 'get', 'global.index-url'],
+      capture_output=True,
+      text=True,
+      check=False,  # a value that is not set is an error
+    )
+    if done.returncode == 0 and done.stdout.strip():
+      return done.stdout.strip().rstrip('/')
+  return _PYPI
 
 
 class _Links(html.parser.HTMLParser):

@@ -32,9 +32,7 @@ def run(args: argparse.Namespace) -> pathlib.Path:
   """Answers what is not answered yet; returns where."""
   path = pathlib.Path(args.questions)
   questions = records.read_file(path)
-  conversation, system = mt_bench.CONVERSATIONS[args.conversation]
-  if args.system_file:
-    system = pathlib.Path(args.system_file).read_text().strip()
+  system = pathlib.Path(args.system_file).read_text().strip() if args.system_file else None
   out = pathlib.Path(args.out or f'mt_bench/model_answer/{args.model_id}.jsonl')
   answers = mt_bench.read_answers(out)
   done = {answer['question_id'] for answer in answers}
@@ -42,7 +40,7 @@ def run(args: argparse.Namespace) -> pathlib.Path:
   if left:
     model = load_model(args.checkpoint, args.dtype)
     sampling = lambda heat: Sampling(temperature=heat)
-    found = mt_bench.answer(model, left, conversation, system, sampling, args.seed)
+    found = mt_bench.answer(model, left, sampling, args.conversation, system, args.seed)
     for answer in track(found, total=len(left), description='answers'):
       answers.append(mt_bench.stamped(answer, args.model_id))
       mt_bench.write_answers(out, answers)
@@ -55,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--questions', required=True, help="FastChat's question.jsonl")
   parser.add_argument('--model_id', required=True)
   parser.add_argument('--out', help='answer file')
-  parser.add_argument('--conversation', choices=mt_bench.CONVERSATIONS, default='openmoe')
-  parser.add_argument('--system_file', help='system text (default: that of the conversation)')
+  parser.add_argument('--conversation', choices=mt_bench.CONVERSATIONS, default=mt_bench.CHAT)
+  parser.add_argument('--system_file', help="system text (default: that of the model's page)")
   parser.add_argument('--dtype', default='')
   parser.add_argument('--seed', type=int, default=0)
   args = parser.parse_args(argv)

@@ -52,7 +52,7 @@ fi
 
 args=(--gin_file=gin/runs/eval.gin "--gin.CHECKPOINT='$CHECKPOINT'")
 if [[ -z "${TASKS:-}" ]]; then
-  TASKS=known_unknowns,novel_concepts,conceptual_combinations,operators
+  TASKS=known_unknowns,novel_concepts,hindu_knowledge,operators
   SHOTS="${SHOTS:-1}"
   args+=(--gin.MAX_ITEMS=64 --gin.MAX_NEW_TOKENS=24)
 fi

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import pathlib
+import subprocess
 import zlib
 
+import gin
 import numpy as np
 import pytest
 
+from convert import sizes
 from openmoe import evaluate, results
 from openmoe.config import ConfigError
 from openmoe.data.items import EvaluationTask, Item, Prompt
-from scripts import compare_evals
+from scripts import compare_evals, gin_flags
 from scripts import evaluate as script
 from tasks.bigbench import lite
 from tests.evaluation_case import FakeModel, Silent
 from tests.tasks import bigbench_case
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def config(tmp_path, **changes):
@@ -146,15 +154,43 @@ def test_bootstrap_is_of_the_right_width_and_repeatable():
 def test_a_known_score_is_normalised_as_published():
   record = lambda right: {'measures': {'m': float(right)}}
   result = {
+    'task': 't',
     'group': 'known_unknowns',
     'metric': 'm',
     'low': 0.5,
     'high': 1.0,
     'shots': 3,
+    'in_average': True,
     'model': {'dropped_fraction': 0.0},
     'items': [record(i < 20) for i in range(46)],
   }
   assert results.summarise([result], 100, 0)[0].normalised == pytest.approx(-13.04, abs=0.005)
+
+
+def test_second_kinds_have_a_row_and_do_not_count_in_the_average(tmp_path, tasks):
+  aside = dataclasses.replace(tasks[1], group='aside', in_average=False, name='other')
+  rows = evaluate.evaluate(FakeModel(), [*tasks, aside], config(tmp_path), Silent())
+  assert [row.group for row in rows] == ['winowhy', 'operators', 'aside', 'average']
+  assert rows[3].normalised == pytest.approx((rows[0].normalised + rows[1].normalised) / 2)
+
+
+def test_the_average_of_many_tasks_is_surer_than_each():
+  items = [{'measures': {'m': float(i % 2)}} for i in range(50)]
+  make = lambda k: {
+    'task': f't{k}',
+    'group': f'g{k}',
+    'metric': 'm',
+    'low': 0.0,
+    'high': 1.0,
+    'shots': 0,
+    'in_average': True,
+    'model': {'dropped_fraction': 0.0},
+    'items': items,
+  }
+  rows = results.summarise([make(k) for k in range(16)], 4000, 0)
+  widths = [row.normalised95[1] - row.normalised95[0] for row in rows]
+  # Independent samples of one variance: a quarter of the width of one of them.
+  assert widths[-1] == pytest.approx(np.mean(widths[:-1]) / 4, rel=0.1)
 
 
 def compare(tmp_path, capsys, *arguments):
@@ -230,3 +266,49 @@ def test_the_fake_model_is_a_checksum():
   assert FakeModel()._score([1], [2]).log_prob == pytest.approx(
     np.log((zlib.crc32(b'[1, 2]') + 1) / 2**33)
   )
+
+
+@pytest.fixture
+def _fresh_gin():
+  gin.clear_config()
+  yield
+  gin.clear_config()
+
+
+@pytest.mark.usefixtures('_fresh_gin')
+def test_the_gin_file_binds_every_setting():
+  path = ROOT / 'gin' / 'runs' / 'eval.gin'
+  assert gin_flags._required([path.read_text()]) == ['CHECKPOINT', 'TASKS', 'OUT_DIR']
+  gin.parse_config_file(str(path))
+  gin.parse_config("CHECKPOINT = 'c'\nTASKS = ('winowhy',)\nOUT_DIR = 'o'")
+  bound = gin_flags.bindings('evaluate.EvaluationConfig')
+  found = evaluate.EvaluationConfig(**bound)
+  assert found == evaluate.EvaluationConfig('c', 'o', ('winowhy',))
+  # What has no macro has its reason: neither changes a figure.
+  fields = {field.name for field in dataclasses.fields(found)}
+  assert fields - set(bound) == {'chunk', 'resamples'}
+
+
+@pytest.mark.parametrize(
+  ('variables', 'said'),
+  [
+    ({'MODEL': 'openmoe_tny'}, 'is not in gin/models; there are: jetmoe_8b'),
+    ({'CHECKPOINT': 'runs/nowhere'}, "there is no runs/nowhere; 'bash scripts/run_pretrain.sh'"),
+  ],
+)
+def test_run_eval_names_what_is_missing(variables, said):
+  done = subprocess.run(
+    ['bash', str(ROOT / 'scripts' / 'run_eval.sh')],
+    env={**os.environ, **variables},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 1
+  assert said in done.stderr
+
+
+def test_a_checkpoint_of_another_model_is_refused():
+  tiny = sizes.named('openmoe_tiny')
+  script.check_sizes(tiny, 'openmoe_tiny', 'run')
+  with pytest.raises(ConfigError, match='run has num_layers .* MODEL=openmoe_8b has 24'):
+    script.check_sizes(tiny, 'openmoe_8b', 'run')

@@ -99,6 +99,8 @@ class EvaluationTask:
     joint: tokenise prompt and choice as one text, and score what follows the prompt's own tokens;
       otherwise each by itself.
     shots: how many the items have.
+    in_average: whether its group counts in the average of all.
+    reference_length: in reference mode, prompts are cut to so many tokens; None for no such cut.
   """
 
   name: str
@@ -116,3 +118,5 @@ class EvaluationTask:
   append_eos: bool = False
   joint: bool = False
   shots: int = 0
+  in_average: bool = True
+  reference_length: int | None = None

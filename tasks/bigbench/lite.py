@@ -12,6 +12,9 @@ import tensorflow as tf
 from openmoe.data.items import EvaluationTask, Item, Prediction
 from tasks.bigbench import files, metrics, prompts
 
+# The released evaluation cut prompts at so many tokens, from the right; long ones lose their end.
+REFERENCE_LENGTH = 1024
+
 
 def preferred_kind(leaf: files.Leaf) -> str:
   """'mul' or 'gen', whichever gives the metric that tables show."""
@@ -72,6 +75,8 @@ def evaluation_tasks(
           low=leaf.low if main else 0.0,
           high=leaf.high if main else 100.0,
           shots=shots,
+          in_average=main,
+          reference_length=REFERENCE_LENGTH,
         )
       )
   return found

@@ -52,7 +52,7 @@ def ranked(item: Item, prediction: Prediction) -> dict[str, float]:
   readings = {
     'acc': sums,
     'acc_norm': [s / max(1, len(c.strip())) for s, c in zip(sums, item.choices, strict=True)],
-    'acc_token': [s / n for s, n in zip(sums, prediction.lengths, strict=True)],
+    'acc_token': [s / max(1, n) for s, n in zip(sums, prediction.lengths, strict=True)],
   }
   return {name: item.scores[max(range(len(v)), key=v.__getitem__)] for name, v in readings.items()}
 

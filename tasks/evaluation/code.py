@@ -24,8 +24,7 @@ _MBPP_SHOTS = (2, 3, 4)  # task_ids of the three solved examples of the benchmar
 
 def _pass_rates(item: Item, prediction: Prediction, programs: list[str]) -> dict[str, float]:
   """pass@1 and pass@k of every power of ten up to the number of samples."""
-  outcomes = sandbox.run_all(programs)
-  passed = sum(outcome.passed for outcome in outcomes)
+  passed = sum(sandbox.run(program).passed for program in programs)
   samples = len(prediction.texts)
   ks = [k for k in (1, 10, 100) if k <= samples]
   return {f'pass@{k}': sandbox.pass_at_k(samples, passed, k) for k in ks}

@@ -35,49 +35,47 @@ MAX_NEW_TOKENS = 1024
 # What OpenMoE's page gives. Its published scores were made with the longer system text of Llama 2.
 OPENMOE_SYSTEM = 'You are a helpful, respectful and honest assistant.'
 
-Conversation = Callable[[Sequence[str], Sequence[str], str], str]
+CHAT, REFERENCE = 'chat', 'openmoe_reference'
+CONVERSATIONS = (CHAT, REFERENCE)
 
 
 def openmoe_reference(users: Sequence[str], replies: Sequence[str], system: str) -> str:
-  """As the published answers were made: no space before the first question."""
+  """OpenMoE's as the published answers were made: no space before the first question."""
   text = f'<<SYS>>\n{system}\n<</SYS>>\n\n<s>[INST]{users[0]} [/INST]'
   for reply, user in zip(replies, users[1:], strict=True):
     text += f' {reply} </s><s>[INST] {user} [/INST]'
   return text
 
 
-def openmoe_fixed(users: Sequence[str], replies: Sequence[str], system: str) -> str:
-  """As the model's page shows it, and as it was trained."""
-  text = f'<<SYS>>\n{system}\n<</SYS>>\n\n<s>[INST] {users[0]} [/INST]'
-  for reply, user in zip(replies, users[1:], strict=True):
-    text += f' {reply} </s><s>[INST] {user} [/INST]'
-  return text
-
-
-def jetmoe(users: Sequence[str], replies: Sequence[str], system: str) -> str:
-  """Marked by role, as JetMoE-8B-chat."""
-  text = f'<|system|>\n{system}</s>\n' if system else ''
+def messages(users: Sequence[str], replies: Sequence[str], system: str) -> list[dict[str, str]]:
+  """The conversation so far as chat templates take it."""
+  found = [{'role': 'system', 'content': system}] if system else []
   for user, reply in zip(users, [*replies, None], strict=True):
-    text += f'<|user|>\n{user}</s>\n<|assistant|>\n'
-    text += '' if reply is None else f'{reply}</s>\n'
-  return text
+    found.append({'role': 'user', 'content': user})
+    if reply is not None:
+      found.append({'role': 'assistant', 'content': reply})
+  return found
 
 
-# name: (conversation, system text unless another is given)
-CONVERSATIONS: dict[str, tuple[Conversation, str]] = {
-  'openmoe_reference': (openmoe_reference, OPENMOE_SYSTEM),
-  'openmoe': (openmoe_fixed, OPENMOE_SYSTEM),
-  'jetmoe': (jetmoe, ''),
-}
-STOP = ('</s>',)
+def _prompt(
+  model: Any, users: Sequence[str], replies: Sequence[str], system: str | None, conversation: str
+) -> tuple[Sequence[int], Sequence[str]]:
+  """(token ids, stop strings) of the next turn."""
+  encode, template = model.vocabulary.encode, model.chat_template
+  if system is None:
+    system = OPENMOE_SYSTEM if template.name == 'openmoe' else ''
+  if conversation == REFERENCE:
+    return encode(openmoe_reference(users, replies, system)), ('</s>',)
+  text = template.text(messages(users, replies, system))
+  return template.encode(text, encode, model.vocabulary.eos_id), template.stop
 
 
 def answer(
   model: Any,
   questions: Sequence[Record],
-  conversation: Conversation,
-  system: str,
   sampling: Callable[[float], Any],
+  conversation: str = CHAT,
+  system: str | None = None,
   seed: int = 0,
 ) -> Iterator[Mapping[str, Any]]:
   """Answers questions one by one, turn after turn.
@@ -85,9 +83,9 @@ def answer(
   Args:
     model: an openmoe.inference.LanguageModel.
     questions: records; see the module's docstring.
-    conversation: of CONVERSATIONS.
-    system: its system text.
     sampling: makes the model's sampling settings from a temperature.
+    conversation: 'chat' for the model's own template, or 'openmoe_reference'.
+    system: system text; None for that of the model's page.
     seed: of draws.
 
   Yields:
@@ -100,7 +98,7 @@ def answer(
     users, replies = field(question, 'turns', 'mt_bench'), []
     heat = TEMPERATURES.get(question.get('category', ''), OTHER_TEMPERATURE)
     for turn in range(len(users)):
-      ids = model.vocabulary.encode(conversation(users[: turn + 1], replies, system))
+      ids, stop = _prompt(model, users[: turn + 1], replies, system, conversation)
       # The published run lowered the length of an answer where prompt and answer would not fit.
       room = min(MAX_NEW_TOKENS, model.max_length - 1 - len(ids))
       if room < 1:
@@ -108,7 +106,7 @@ def answer(
           f'question {question["question_id"]} turn {turn + 1} has {len(ids)} tokens; the model '
           f'takes {model.max_length} with the answer. Leave it out of the questions.'
         )
-      found = model.generate([ids], room, stop=STOP, sampling=sampling(heat), seed=seed)
+      found = model.generate([ids], room, stop=stop, sampling=sampling(heat), seed=seed)
       replies.append(found[0][0].text.strip())
     yield {
       'question_id': question['question_id'],

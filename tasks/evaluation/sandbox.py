@@ -8,7 +8,6 @@ Landlock (5.13 or newer); elsewhere nothing is run.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -21,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 
 from openmoe.config import ConfigError
 from tasks.evaluation import jail
@@ -152,12 +150,6 @@ def _outcome(forced: str | None, verdict: str, secret: str, code: int) -> Outcom
   if verdict == secret:
     return Outcome(True, 'passed')
   return Outcome(False, verdict or f'ended with {code} before its end')
-
-
-def run_all(sources: Sequence[str], limits: Limits = Limits()) -> list[Outcome]:
-  """Runs programs side by side, as many as there are processors."""
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    return list(pool.map(lambda source: run(source, limits), sources))
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:

@@ -105,6 +105,10 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
   if args.shots < 0 or args.dump < 0:
     parser.error('--shots and --dump are counts: 0 or more.')
+  if not args.out.absolute().parent.is_dir():
+    parser.error(
+      f'--out={args.out}: there is no folder {args.out.absolute().parent}; make it first.'
+    )
   try:
     names = args.task or files.TASKS
     files.check_names(names)

@@ -10,9 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import seqio
+import tensorflow as tf
 
 from openmoe import evaluate
 from openmoe.config import ConfigError
+from openmoe.data import tfds_source
 from openmoe.data.items import Item, Prediction, Prompt
 from tasks.evaluation import answers, build, catalogue, code, leaderboard, records
 from tests.evaluation_case import FakeModel, Silent
@@ -263,3 +265,29 @@ def test_names_are_expanded_and_wrong_ones_are_told_the_nearest():
   assert len(catalogue.expand(['bigbench_lite'])) == 24
   with pytest.raises(ConfigError, match='Nearest: hellaswag'):
     catalogue.expand(['helaswag'])
+
+
+def test_prepared_tfds_data_is_read(tmp_path, monkeypatch):
+  asked = []
+
+  def dataset(self, split, shuffle):
+    asked.append((self.tfds_dataset.name, split, shuffle))
+    names = ['A', 'B', 'C', 'D']
+    return tf.data.Dataset.from_tensor_slices(
+      {
+        'question': [f'q{i}' for i in range(3)],
+        'choices': {
+          'text': [[f'{name}{i}' for name in names] for i in range(3)],
+          'label': [[0, 1, 2, 3]] * 3,
+        },
+        'answerKey': [2] * 3,
+      }
+    )
+
+  monkeypatch.setattr(tfds_source.TfdsDocuments, 'get_dataset', dataset)
+  item = first('arc_challenge', 'fixed', str(tmp_path / 'no_files'), shots=1)
+  assert item.choices == (' A0', ' B0', ' C0', ' D0')
+  assert item.scores == (0, 0, 1, 0)
+  assert item.prompt.shots[0].endswith(tuple(f'Answer: C{i}' for i in range(3)))
+  name = 'ai2_arc/ARC-Challenge:1.0.0'
+  assert asked == [(name, 'test', False), (name, 'train', False)]

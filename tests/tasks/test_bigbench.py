@@ -15,11 +15,12 @@ import threading
 
 import numpy as np
 import pytest
+import seqio
 
 from openmoe.config import ConfigError
 from openmoe.data.items import Prediction
 from scripts import fetch_bigbench_lite
-from tasks.bigbench import files, metrics, prompts, rouge
+from tasks.bigbench import files, lite, metrics, prompts, rouge
 from tests.parity import bigbench as parity
 from tests.tasks import bigbench_case as case
 
@@ -201,8 +202,50 @@ def test_the_parity_tool_writes_what_it_says(tmp_path, capsys):
   assert found['winowhy']['']['low'] == pytest.approx(1 / 3)
   assert found['operators']['']['gen'].keys() >= {'sha256_answers', 'sha256_first_targets'}
   assert case.naive_inputs(task, 1)[0] in capsys.readouterr().out
+  assert parity.main([*arguments, '--task', 'known_unknowns']) == 64
+  assert 'known_unknowns/task.json is missing' in capsys.readouterr().err
   assert parity.main([*arguments, '--task', 'winowy']) == 64
   assert 'winowhy' in capsys.readouterr().err
+
+
+def test_tasks_are_registered_with_seqio_under_the_originals_names(tmp_path):
+  case.write(tmp_path, 'winowhy', case.multiple_choice(6))
+  both = case.generative(6, metrics=['multiple_choice_grade', 'rouge'])
+  for example in both['examples']:
+    example['target_scores'] = {'x ': 1, 'y': 0}
+  case.write(tmp_path, 'emoji_movie', {**both, 'preferred_score': 'multiple_choice_grade'})
+  mixture = lite.register(tmp_path, ['winowhy', 'emoji_movie'], 1, seqio.ByteVocabulary())
+  assert mixture == 'bigbench:bigbench_lite_v1.mix.t5_default_vocab.1_shot.all_examples'
+  names = [task.name for task in seqio.get_mixture_or_task(mixture).tasks]
+  name = 'bigbench:winowhy.mul.t5_default_vocab.1_shot.all_examples'
+  assert name in names
+  assert {n.split('.')[1] for n in names if 'emoji' in n} == {'gen', 'mul'}
+  rows = list(seqio.get_mixture_or_task(name).get_dataset(split='all', shuffle=False))
+  items = prompts.make_items(files.load_task(tmp_path, 'winowhy')[0], 1, 'mul')
+  assert len(rows) == 18
+  assert rows[4]['idx'].numpy().tolist() == [1, 1]
+  assert rows[4]['inputs_pretokenized'].numpy().decode() == items[1].prompt.text()
+  assert rows[4]['targets_pretokenized'].numpy().decode() == items[1].choices[1]
+  assert rows[4]['scores'].numpy() == items[1].scores[1]
+  # The last token of either feature is one of the text: no EOS on either side.
+  assert rows[4]['inputs'].numpy()[-1] == ord(':') + 3
+  # The same seed and a new one.
+  again = seqio.get_mixture_or_task(name).get_dataset(split='all', shuffle=False, seed=7)
+  assert next(iter(again))['inputs_pretokenized'] != rows[0]['inputs_pretokenized']
+
+
+def test_a_task_with_both_kinds_is_tabled_by_its_preferred_metric(tmp_path):
+  both = case.generative(6, metrics=['multiple_choice_grade', 'rouge'])
+  for example in both['examples']:
+    example['target_scores'] = {'x': 1, 'y': 0}
+  case.write(tmp_path, 'emoji_movie', {**both, 'preferred_score': 'multiple_choice_grade'})
+  (task,) = lite.evaluation_tasks(tmp_path, 'emoji_movie', 1)
+  assert (task.metric, task.low, task.high) == ('multiple_choice_grade', 0.5, 1.0)
+  other, same = sorted(
+    lite.evaluation_tasks(tmp_path, 'emoji_movie', 1, True), key=lambda t: t.name
+  )
+  assert (same.group, other.group) == ('emoji_movie', 'emoji_movie (generated)')
+  assert other.measure(other.items()[0], Prediction(texts=('nothing.',)))['rougeLsum'] == 0
 
 
 def archive_of(tmp_path) -> bytes:
@@ -306,6 +349,30 @@ def test_the_real_files_have_the_published_counts_and_low_scores():
     found = np.mean([leaf.low for leaf in leaves[name]])
     assert found == pytest.approx(low, abs=6e-7), name
   assert sum(count for count, _ in TABLE.values()) == 110546
+
+
+# Not 1: a regex that ends an answer at sentence punctuation, or a stop string, cuts some answers.
+PERFECT = {
+  'auto_debugging': ('exact_str_match', 0.9412),
+  'conlang_translation': ('rougeLsum', 98.1067),
+  'linguistics_puzzles': ('exact_str_match', 1),
+  'operators': ('exact_str_match', 1),
+  'parsinlu_reading_comprehension': ('exact_str_match', 0.8958),
+  'repeat_copy_logic': ('exact_str_match', 0.9375),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', PERFECT)
+def test_a_perfect_generator_reaches_what_the_originals_reading_allows(name):
+  metric, wanted = PERFECT[name]
+  means = []
+  for leaf in files.load_task(real_directory(), name):
+    items = prompts.make_items(leaf, 0, 'gen')
+    told = [Prediction(texts=(item.answers[0],)) for item in items]
+    scores = [metrics.generative(leaf, *pair) for pair in zip(items, told, strict=True)]
+    means.append(np.mean([score[metric] for score in scores]))
+  assert np.mean(means) == pytest.approx(wanted, abs=5e-5)
 
 
 @pytest.mark.slow

@@ -16,22 +16,42 @@ QUESTIONS = [
 ]
 
 
-def test_conversations():
-  make = lambda name: mt_bench.CONVERSATIONS[name][0](['a', 'b'], ['c'], 'S')
+class Template:
+  """Stands in for openmoe.chat's."""
+
+  name, stop = 'openmoe', ('</s>',)
+
+  def text(self, messages):
+    return ''.join(f'{m["role"][0]}({m["content"]})' for m in messages)
+
+  def encode(self, text, encode, eos_id):
+    assert eos_id == 1
+    return encode(text)
+
+
+def test_the_published_answers_have_no_space_before_the_first_question():
+  found = mt_bench.openmoe_reference(['a', 'b'], ['c'], 'S')
   head = '<<SYS>>\nS\n<</SYS>>\n\n<s>[INST]'
-  assert make('openmoe_reference') == f'{head}a [/INST] c </s><s>[INST] b [/INST]'
-  assert make('openmoe') == f'{head} a [/INST] c </s><s>[INST] b [/INST]'
-  assert make('jetmoe') == (
-    '<|system|>\nS</s>\n<|user|>\na</s>\n<|assistant|>\nc</s>\n<|user|>\nb</s>\n<|assistant|>\n'
-  )
+  assert found == f'{head}a [/INST] c </s><s>[INST] b [/INST]'
 
 
-def run(tmp_path, monkeypatch, model):
+def test_messages_alternate():
+  found = mt_bench.messages(['a', 'b'], ['c'], 'S')
+  assert [(m['role'], m['content']) for m in found] == [
+    ('system', 'S'),
+    ('user', 'a'),
+    ('assistant', 'c'),
+    ('user', 'b'),
+  ]
+
+
+def run(tmp_path, monkeypatch, model, *more):
+  model.chat_template = Template()
   questions = tmp_path / 'question.jsonl'
   questions.write_text(''.join(json.dumps(q) + '\n' for q in QUESTIONS))
   monkeypatch.setattr(script, 'load_model', lambda checkpoint, dtype: model)
   out = tmp_path / 'answers' / 'm.jsonl'
-  arguments = ['none', '--questions', str(questions), '--model_id', 'm', '--out', str(out)]
+  arguments = ['none', '--questions', str(questions), '--model_id', 'm', '--out', str(out), *more]
   return script.main(arguments), out
 
 
@@ -45,7 +65,7 @@ def test_answers_are_fastchats_and_kept(tmp_path, monkeypatch):
   assert {'answer_id', 'model_id', 'tstamp'} <= lines[0].keys()
   asked = [model.vocabulary.decode(list(prompt)) for prompt, _ in model.requests]
   assert len(asked) == 4
-  assert asked[1].endswith('[INST] One? [/INST] yes </s><s>[INST] Two? [/INST]')
+  assert asked[1] == f's({mt_bench.OPENMOE_SYSTEM})u(One?)a(yes)u(Two?)'
   before = out.read_text()
   out.write_text(before.splitlines()[0] + '\n')
   again = FakeModel(reply='no')
@@ -54,7 +74,16 @@ def test_answers_are_fastchats_and_kept(tmp_path, monkeypatch):
   assert out.read_text().splitlines()[0] == before.splitlines()[0]
 
 
-@pytest.mark.parametrize('length', [60, 100])
+def test_the_reference_conversation_is_asked_for_by_name(tmp_path, monkeypatch):
+  model, system = FakeModel(), tmp_path / 'system'
+  system.write_text('Long.\n')
+  more = ['--conversation', 'openmoe_reference', '--system_file', str(system)]
+  assert run(tmp_path, monkeypatch, model, *more)[0] == 0
+  first = model.vocabulary.decode(list(model.requests[0][0]))
+  assert first == '<<SYS>>\nLong.\n<</SYS>>\n\n<s>[INST]One? [/INST]'
+
+
+@pytest.mark.parametrize('length', [30, 64])
 def test_a_question_that_does_not_fit_is_named(tmp_path, monkeypatch, capsys, length):
   assert run(tmp_path, monkeypatch, FakeModel(max_length=length))[0] == 64
   assert 'question 81 turn' in capsys.readouterr().err
