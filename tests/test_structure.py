@@ -26,6 +26,8 @@ CHAIN = (
   'train_step',
   'classification',
   'decode',
+  'scoring',
+  'inference',
   'evaluate',
   'plan',
   'train',

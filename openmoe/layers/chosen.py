@@ -1,0 +1,97 @@
+"""Experts for a handful of tokens, as when decoding: only the matrices of chosen experts are read.
+
+One step of decoding is bound by reading weights. Tokens are not moved: every expert that somebody
+chose sees all of them and its output counts where it was chosen, which costs little while they are
+few, and neither sorting nor buffers are needed. There is no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from openmoe import partitioning
+from openmoe.layers.experts import PerExpert, at_expert
+from openmoe.types import Array, PyTree, Routing
+
+MOST_TOKENS = 16  # of a device; from there on sorted rows are as fast (docs/LOG.md)
+
+
+def pays(routing: Routing, weights: PyTree) -> bool:
+  """Whether to compute this way here; weights are those of one device."""
+  g, t, _ = routing.expert_index_gtk.shape
+  if partitioning.partitions('expert') > 1:
+    return False
+  return g * t == 1 or (g * t <= MOST_TOKENS and bool(_split(weights)))
+
+
+def _split(weights: PyTree) -> list[PerExpert]:
+  is_split = lambda x: isinstance(x, PerExpert)
+  return [leaf for leaf in jax.tree.leaves(weights, is_leaf=is_split) if is_split(leaf)]
+
+
+def through_chosen(
+  compute: Callable, x: Array, weights: PyTree, routing: Routing, combine: bool
+) -> Array:
+  """As transport.through_experts, on one device.
+
+  Args:
+    compute: see transport.Compute; gets one expert's weights and a buffer of rows.
+    x: [g, t, d], or [g, t, k, d] with a row per choice.
+  """
+  g, t, k = routing.expert_index_gtk.shape
+  expert_nk = jnp.where(routing.slot_gtk >= 0, routing.expert_index_gtk, -1).reshape(g * t, k)
+  weight_nk = routing.combine_weights_gtk.reshape(g * t, k)
+  rows = x.reshape(g * t, *x.shape[2:])
+
+  def one(weights: PyTree, rows_ni: Array) -> Array:
+    return compute(jax.tree.map(lambda w: w[None], weights), rows_ni[None], None)[0]
+
+  run = _one_token if g * t == 1 else _several_tokens
+  y = run(one, rows, expert_nk, weight_nk, weights, combine, x.ndim == 3)
+  return y.reshape(g, t, -1) if combine else y.reshape(g, t, k, -1)
+
+
+def _one_token(one, rows, expert_1k, weight_1k, weights, combine: bool, shared: bool) -> Array:
+  """Its k experts one after the other."""
+  k = expert_1k.shape[1]
+
+  def output(choice: Array | int) -> Array:
+    row_1i = rows if shared else jax.lax.dynamic_index_in_dim(rows, choice, axis=1, keepdims=False)
+    expert = expert_1k[0, choice]
+    return jnp.where(expert >= 0, at_expert(one, weights, jnp.maximum(expert, 0), row_1i), 0)
+
+  like = jax.eval_shape(output, 0)
+  zeros = lambda *shape: partitioning.varying(jnp.zeros((*shape, like.shape[-1]), like.dtype))
+  # A loop and no list: every call of at_expert is as many programs as there are experts.
+  if combine:
+    add = lambda j, y: y + weight_1k[:, j, None] * output(j).astype(jnp.float32)
+    return jax.lax.fori_loop(0, k, add, zeros(1).astype(jnp.float32))
+  put = lambda j, y: jax.lax.dynamic_update_slice_in_dim(y, output(j)[:, None], j, axis=1)
+  return jax.lax.fori_loop(0, k, put, zeros(1, k))
+
+
+def _several_tokens(one, rows, expert_nk, weight_nk, weights, combine: bool, shared: bool) -> Array:
+  """Every expert that a token chose, with all tokens; the others are passed over."""
+
+  def contribution(expert: int, y: Array | None) -> Array:
+    of_expert = jax.tree.map(
+      lambda w: w.arrays[expert], weights, is_leaf=lambda x: isinstance(x, PerExpert)
+    )
+    chosen_nk = expert_nk == expert
+    # A token chooses an expert once at most, so of its k rows one is taken.
+    rows_ni = rows if shared else jnp.sum(jnp.where(chosen_nk[..., None], rows, 0), axis=1)
+    y_no = one(of_expert, rows_ni)
+    if combine:
+      new = jnp.sum(jnp.where(chosen_nk, weight_nk, 0), axis=1)[:, None] * y_no.astype(jnp.float32)
+      return new if y is None else y + new
+    return jnp.where(chosen_nk[..., None], y_no[:, None], 0 if y is None else y)
+
+  like = jax.eval_shape(lambda: contribution(0, None))
+  y = partitioning.varying(jnp.zeros(like.shape, like.dtype))
+  for expert in range(_split(weights)[0].shape[0]):
+    used = jnp.any(expert_nk == expert)
+    y = jax.lax.cond(used, lambda y, e=expert: contribution(e, y), lambda y: y, y)
+  return y
