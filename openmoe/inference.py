@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from openmoe import partitioning
+from openmoe.chat import OPENMOE, ChatTemplate, Messages
 from openmoe.config import ConfigError, MeshConfig, ModelConfig
 from openmoe.decode import Drops, Sampling, State, extend, inference_config, start
 from openmoe.models import is_expert_kernel, unstack
@@ -150,6 +151,7 @@ class LanguageModel:
     mesh: of inference_mesh.
     capacity: see decode.inference_config.
     batch_rows: rows of a batch at most.
+    chat_template: of encode_chat.
 
   Attributes:
     dropped_fraction: share of (token, choice) pairs that found no slot so far; 0.0 when dropless.
@@ -168,11 +170,12 @@ class LanguageModel:
     capacity: bool = False,
     batch_rows: int = 16,
     unstacked: bool = False,
+    chat_template: ChatTemplate = OPENMOE,
   ):
     self.config = inference_config(config, capacity)
     self.vocabulary, self.start_id, self.max_length = vocabulary, start_id, max_length
     self.name = name or config.name
-    self.mesh = mesh
+    self.mesh, self.chat_template = mesh, chat_template
     self._rows = batch_rows
     self._dropped = self._routed = 0.0
     if not unstacked:
@@ -191,6 +194,11 @@ class LanguageModel:
   @property
   def dropped_fraction(self) -> float:
     return self._dropped / self._routed if self._routed else 0.0
+
+  def encode_chat(self, messages: Messages, answer_follows: bool = True) -> list[int]:
+    """Token ids of a conversation, up to where the answer begins; see openmoe.chat."""
+    text, vocabulary = self.chat_template.text(messages, answer_follows), self.vocabulary
+    return self.chat_template.encode(text, vocabulary.encode, int(vocabulary.eos_id))
 
   # --- generation
 

@@ -36,6 +36,7 @@ CHAIN = (
 # without them; from there on they are free to use.
 SIDE = {
   'hardware': set(),
+  'chat': {'config'},
   'data': {'types', 'config'},
   'feed': {'types', 'config', 'data', 'partitioning'},
   'manifest': set(),

@@ -1,8 +1,7 @@
 """Experts for a handful of tokens, as when decoding: only the matrices of chosen experts are read.
 
-One step of decoding is bound by reading weights. Tokens are not moved: every expert that somebody
-chose sees all of them and its output counts where it was chosen, which costs little while they are
-few, and neither sorting nor buffers are needed. There is no gradient.
+One step of decoding is bound by reading weights, so experts that nobody chose are passed over.
+There is no gradient.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from openmoe.layers.experts import PerExpert, at_expert
 from openmoe.types import Array, PyTree, Routing
 
 MOST_TOKENS = 16  # of a device; from there on sorted rows are as fast (docs/LOG.md)
+FEW = 4  # rows that a CPU multiplies in the time of one: reading the matrix is what takes long
 
 
 def pays(routing: Routing, weights: PyTree) -> bool:
@@ -74,24 +74,39 @@ def _one_token(one, rows, expert_1k, weight_1k, weights, combine: bool, shared: 
 
 
 def _several_tokens(one, rows, expert_nk, weight_nk, weights, combine: bool, shared: bool) -> Array:
-  """Every expert that a token chose, with all tokens; the others are passed over."""
+  """Every expert that a token chose, FEW tokens at a time; the others are passed over."""
+  n = expert_nk.shape[0]
+  experts_e = jnp.arange(_split(weights)[0].shape[0])
+  chosen_enk = expert_nk == experts_e[:, None, None]
+  chosen_en = jnp.any(chosen_enk, axis=-1)
+  count_e = jnp.sum(chosen_en, axis=-1)
+  # Each expert's own tokens first; the end is filled up so that every slice is a whole one.
+  order_en = jnp.pad(jnp.argsort(~chosen_en, axis=-1, stable=True), ((0, 0), (0, -n % FEW)))
 
-  def contribution(expert: int, y: Array | None) -> Array:
-    of_expert = jax.tree.map(
-      lambda w: w.arrays[expert], weights, is_leaf=lambda x: isinstance(x, PerExpert)
-    )
-    chosen_nk = expert_nk == expert
+  def step(expert: int, i: Array, y: Array) -> Array:
+    token_m = jax.lax.dynamic_slice_in_dim(order_en[expert], i * FEW, FEW)
+    real_m = jnp.arange(FEW) + i * FEW < count_e[expert]
+    chosen_mk = chosen_enk[expert][token_m] & real_m[:, None]
+    x = rows[token_m]
     # A token chooses an expert once at most, so of its k rows one is taken.
-    rows_ni = rows if shared else jnp.sum(jnp.where(chosen_nk[..., None], rows, 0), axis=1)
-    y_no = one(of_expert, rows_ni)
+    rows_mi = x if shared else jnp.sum(jnp.where(chosen_mk[..., None], x, 0), axis=1)
+    pick = lambda w: w.arrays[expert]
+    y_mo = one(jax.tree.map(pick, weights, is_leaf=lambda w: isinstance(w, PerExpert)), rows_mi)
     if combine:
-      new = jnp.sum(jnp.where(chosen_nk, weight_nk, 0), axis=1)[:, None] * y_no.astype(jnp.float32)
-      return new if y is None else y + new
-    return jnp.where(chosen_nk[..., None], y_no[:, None], 0 if y is None else y)
+      weight_m = jnp.sum(jnp.where(chosen_mk, weight_nk[token_m], 0), axis=1)
+      return y.at[token_m].add(weight_m[:, None] * y_mo.astype(jnp.float32))
+    return y.at[token_m].add(jnp.where(chosen_mk[..., None], y_mo[:, None], 0))
 
-  like = jax.eval_shape(lambda: contribution(0, None))
-  y = partitioning.varying(jnp.zeros(like.shape, like.dtype))
-  for expert in range(_split(weights)[0].shape[0]):
-    used = jnp.any(expert_nk == expert)
-    y = jax.lax.cond(used, lambda y, e=expert: contribution(e, y), lambda y: y, y)
+  like = jax.eval_shape(lambda: one_output(one, rows, weights, shared))
+  shape = (n, like.shape[-1]) if combine else (*expert_nk.shape, like.shape[-1])
+  y = partitioning.varying(jnp.zeros(shape, jnp.float32 if combine else like.dtype))
+  for expert in range(experts_e.size):
+    trips = -(-count_e[expert] // FEW)
+    y = jax.lax.fori_loop(0, trips, lambda i, y, e=expert: step(e, i, y), y)
   return y
+
+
+def one_output(one, rows: Array, weights: PyTree, shared: bool) -> Array:
+  """For the shape of an expert's output."""
+  first = jax.tree.map(lambda w: w.arrays[0], weights, is_leaf=lambda w: isinstance(w, PerExpert))
+  return one(first, rows if shared else rows[:, 0])

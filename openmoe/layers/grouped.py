@@ -87,7 +87,9 @@ def block_layout(
   """
   rows, blocked = expert_nk.size, kernel is Kernel.BLOCKED
   sizes = grouped_blocked.ladder(rows, num_experts)
-  sizes = sizes[len(sizes) // 2 :][:1] if one_size else sizes
+  if one_size:
+    # An average segment, half of one where that is large: padding against repeated packing.
+    sizes = (sizes[0] if sizes[0] <= 32 else sizes[0] // 2,)
   align = sizes[-1] if blocked else 1
   # Every expert wastes less than one alignment; the kernels of accelerators want whole tiles.
   unit = align if blocked else grouped_tpu.TILE_ROWS

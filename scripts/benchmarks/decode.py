@@ -33,7 +33,8 @@ NAMES = ('layers', 'embed', 'heads', 'head_dim', 'experts', 'top_k', 'mlp', 'voc
 # heads are key-value heads; there are top_k times as many query heads.
 SHAPES = {
   'tiny': (4, 128, 2, 32, 8, 2, 256, 2048),  # gin/models/jetmoe_tiny.gin
-  'small': (8, 512, 8, 64, 8, 2, 1408, 32000),
+  'small': (6, 256, 4, 64, 8, 2, 704, 8192),
+  'medium': (8, 512, 8, 64, 8, 2, 1408, 32000),
 }
 GOAL = 1.5
 
@@ -175,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
   import transformers
 
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--shapes', nargs='+', choices=SHAPES, default=list(SHAPES))
+  parser.add_argument('--shapes', nargs='+', choices=SHAPES, default=['tiny', 'small'])
   parser.add_argument('--batches', nargs='+', type=int, default=[1, 8])
   parser.add_argument('--prompt', type=int, default=64, help='tokens of a prompt')
   parser.add_argument('--new_tokens', type=int, default=64)
