@@ -179,7 +179,7 @@ class LanguageModel:
     self._rows = batch_rows
     self._dropped = self._routed = 0.0
     if not unstacked:
-      params = unstack(params, config, splits_experts(mesh))
+      params = unstack(params, config, splits_experts(mesh, capacity))
     with self._on_mesh():
       self.params = jax.tree.map(jnp.asarray, cast(params, config))
 
@@ -236,6 +236,7 @@ class LanguageModel:
     if show is not None and len(prompts) * samples > 1:
       raise ConfigError(f'{len(prompts)} prompts with {samples} samples cannot be shown at once.')
     for i, prompt in enumerate(prompts):
+      self._check_ids(f'Prompt {i}', prompt)
       self._check_length(f'Prompt {i}', len(prompt) + 2, 'shorten it')
     all_seeds = row_keys(prompts, samples, seed)
     results: list[list[Generation]] = [[] for _ in prompts]
@@ -273,6 +274,7 @@ class LanguageModel:
       ConfigError: a request is longer than max_length.
     """
     for i, (context, continuation) in enumerate(requests):
+      self._check_ids(f'Request {i}', [*context, *continuation])
       length = len(context) + 1 + len(continuation)
       self._check_length(f'Request {i}', length, 'cut its context from the left')
     results: list[Score | None] = [
@@ -338,6 +340,14 @@ class LanguageModel:
     if self.mesh is not None:
       shards = self.mesh.shape[partitioning.DATA] * self.mesh.shape[partitioning.EXPERT]
     return max(1 << (rows - 1).bit_length(), 1) if shards == 1 else -(-rows // shards) * shards
+
+  def _check_ids(self, what: str, ids: Sequence[int]) -> None:
+    wrong = [i for i in ids if not 0 <= i < self.config.vocab_size]
+    if wrong:
+      raise ConfigError(
+        f'{what} has the token {wrong[0]}; {self.name} has vocab_size={self.config.vocab_size}. '
+        f'Encode it with the vocabulary of this model.'
+      )
 
   def _check_length(self, what: str, length: int, remedy: str) -> None:
     if length > self.max_length:
@@ -468,10 +478,10 @@ class _Rows:
     return Generation(text, tuple(ids), tuple(log_probs_n[: len(ids)].tolist()), finish)
 
 
-def splits_experts(mesh: jax.sharding.Mesh | None) -> bool:
+def splits_experts(mesh: jax.sharding.Mesh | None, capacity: bool) -> bool:
   """Whether inference here wants an array for every expert; see layers.experts."""
   whole = mesh is None or mesh.shape[partitioning.EXPERT] == 1
-  return jax.default_backend() == 'cpu' and whole
+  return jax.default_backend() == 'cpu' and whole and not capacity
 
 
 def cast(params: PyTree, config: ModelConfig) -> PyTree:

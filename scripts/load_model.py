@@ -84,7 +84,7 @@ def load(
   found = _open_hf(path, vocabulary) if is_hf else _open_run(path, vocabulary)
   config = dataclasses.replace(found.config, dtype=dtype)
   mesh = inference_mesh(config, jax.devices(), num_model_partitions, num_expert_partitions)
-  params = _placed(found.params(config, mesh), config, mesh)
+  params = _placed(found.params(config, mesh), config, mesh, splits_experts(mesh, capacity))
   return LanguageModel(
     config,
     params,
@@ -124,7 +124,9 @@ def _shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> PyTree:
   return jax.tree.map(one, axes, is_leaf=is_axes)
 
 
-def _placed(params: PyTree, config: ModelConfig, mesh: jax.sharding.Mesh | None) -> PyTree:
+def _placed(
+  params: PyTree, config: ModelConfig, mesh: jax.sharding.Mesh | None, split_experts: bool
+) -> PyTree:
   """Puts one array after the other on the devices, split by layer, in the dtype of its use.
 
   The whole model is never there twice.
@@ -140,7 +142,7 @@ def _placed(params: PyTree, config: ModelConfig, mesh: jax.sharding.Mesh | None)
     if not isinstance(array, jax.Array):
       array = jax.device_put(np.asarray(array, np.float32), shardings.get(path))
     tree = flax.traverse_util.unflatten_dict({path: array}, sep='/')
-    tree = cast(unstack(tree, config, splits_experts(mesh)), config)
+    tree = cast(unstack(tree, config, split_experts), config)
     flat |= flax.traverse_util.flatten_dict(tree, sep='/')
   return flax.traverse_util.unflatten_dict(flat, sep='/')
 
