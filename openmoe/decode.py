@@ -48,6 +48,14 @@ class Sampling:
     return draws, self.top_k if draws else 0, draws and self.top_p < 1
 
 
+def bucket(length: int, most: int | None = None, least: int = 16) -> int:
+  """The next of 16, 24, 32, 48, 64, 96, ...: few shapes, at most half of them padding."""
+  size = least
+  while size < length:
+    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+  return size if most is None else min(size, most)
+
+
 def inference_config(config: ModelConfig, capacity: bool = False) -> ModelConfig:
   """The same model routed for inference; padding is never routed.
 

@@ -16,16 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Protocol
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from openmoe import partitioning
 from openmoe.chat import OPENMOE, ChatTemplate, Messages
-from openmoe.config import ConfigError, MeshConfig, ModelConfig
-from openmoe.decode import Drops, Sampling, State, extend, inference_config, start
-from openmoe.models import is_expert_kernel, unstack
+from openmoe.config import ConfigError, ModelConfig
+from openmoe.decode import Drops, Sampling, State, bucket, extend, inference_config, start
+from openmoe.models import unstack
+from openmoe.placement import cast, fingerprint, splits_experts
 from openmoe.scoring import score
 from openmoe.types import PyTree
 
@@ -81,14 +81,6 @@ class Generation:
   finish: str
 
 
-def bucket(length: int, most: int | None = None, least: int = 16) -> int:
-  """The next of 16, 24, 32, 48, 64, 96, ...: few shapes, at most half of them padding."""
-  size = least
-  while size < length:
-    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-  return size if most is None else min(size, most)
-
-
 def row_keys(prompts: Sequence[Sequence[int]], samples: int, seed: int) -> np.ndarray:
   """A random seed [prompts, samples] of each row: a function of seed, tokens and sample alone.
 
@@ -108,33 +100,6 @@ def row_keys(prompts: Sequence[Sequence[int]], samples: int, seed: int) -> np.nd
 @jax.jit
 def _keys(seed_b):
   return jax.vmap(jax.random.key)(seed_b)
-
-
-def inference_mesh(
-  config: ModelConfig,
-  devices: Sequence[jax.Device],
-  num_model_partitions: int | None = None,
-  num_expert_partitions: int = 1,
-) -> jax.sharding.Mesh | None:
-  """The mesh of all devices, None for one device.
-
-  Without num_model_partitions, weights are split as often as sizes allow; what is left of the
-  devices takes rows of the batch.
-
-  Raises:
-    ConfigError: the devices or the model do not divide so.
-  """
-  if len(devices) == 1 and (num_model_partitions or 1) == 1 == num_expert_partitions:
-    return None
-  if num_model_partitions is None:
-    sizes = (config.num_heads, config.mlp_dim, config.embed_dim, config.vocab_size)
-    most = len(devices) // num_expert_partitions
-    fits = [p for p in range(1, most + 1) if most % p == 0 and all(s % p == 0 for s in sizes)]
-    num_model_partitions = fits[-1] if fits else 1
-  mesh_config = MeshConfig(num_expert_partitions, num_model_partitions)
-  mesh = partitioning.make_mesh(mesh_config, devices)
-  partitioning.check_divisible(config, mesh)
-  return mesh
 
 
 class LanguageModel:
@@ -476,42 +441,3 @@ class _Rows:
     else:
       text = self._model.vocabulary.decode(ids)
     return Generation(text, tuple(ids), tuple(log_probs_n[: len(ids)].tolist()), finish)
-
-
-def splits_experts(mesh: jax.sharding.Mesh | None, capacity: bool) -> bool:
-  """Whether inference here wants an array for every expert; see layers.experts."""
-  whole = mesh is None or mesh.shape[partitioning.EXPERT] == 1
-  return jax.default_backend() == 'cpu' and whole and not capacity
-
-
-def cast(params: PyTree, config: ModelConfig) -> PyTree:
-  """Kernels of the layers in the dtype in which the layers use them; the rest stays float32.
-
-  Router, norms, embedding and output layer are used in float32 by training as well.
-  """
-  dtype = jnp.dtype(config.dtype)
-
-  def one(path, x):
-    names = [key.key for key in path]
-    narrow = names[0].startswith('layer_') and 'router' not in names and x.ndim > 1
-    return x.astype(dtype) if narrow and x.dtype != dtype else x
-
-  return jax.tree_util.tree_map_with_path(one, params)
-
-
-def fingerprint(config: ModelConfig, params: PyTree) -> str:
-  """sha256 of configuration and parameters; experts that are split count as their stack does."""
-  digest = hashlib.sha256(repr(config).encode())
-  pieces: list[tuple[str, int, jax.Array]] = []
-  for path, leaf in flax.traverse_util.flatten_dict(params, sep='/').items():
-    stem, _, expert = path.rpartition('_')
-    if is_expert_kernel(path, config):
-      pieces += [(path, e, leaf[e]) for e in range(leaf.shape[0])]
-    elif stem.endswith('/kernel'):
-      pieces.append((stem, int(expert), leaf))
-    else:
-      pieces.append((path, 0, leaf))
-  for path, expert, leaf in sorted(pieces, key=lambda piece: piece[:2]):
-    digest.update(f'{path} {expert} {leaf.shape} {leaf.dtype}'.encode())
-    digest.update(np.ascontiguousarray(jax.device_get(leaf)))
-  return digest.hexdigest()

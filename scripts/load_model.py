@@ -28,8 +28,9 @@ from convert.tensors import ConvertError
 from openmoe import chat, partitioning
 from openmoe.checkpoint import Checkpointer
 from openmoe.config import Architecture, ConfigError, ModelConfig
-from openmoe.inference import LanguageModel, cast, inference_mesh, splits_experts
+from openmoe.inference import LanguageModel
 from openmoe.models import unstack
+from openmoe.placement import cast, inference_mesh, splits_experts
 from openmoe.run_record import CONFIG
 from openmoe.train_state import abstract_params
 from openmoe.types import PyTree
@@ -62,7 +63,7 @@ def load(
       the published models (2048, JetMoE 4096).
     vocabulary: a SentencePiece model, for checkpoints that do not say theirs.
     capacity: route as in training, with drops; see decode.inference_config.
-    num_model_partitions, num_expert_partitions: see inference.inference_mesh.
+    num_model_partitions, num_expert_partitions: see placement.inference_mesh.
     batch_rows: rows of a batch at most.
 
   Raises:

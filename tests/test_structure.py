@@ -27,6 +27,7 @@ CHAIN = (
   'classification',
   'decode',
   'scoring',
+  'placement',
   'inference',
   'evaluate',
   'plan',

@@ -1,6 +1,7 @@
 """Opening checkpoints: a run, one of its steps, a Hugging Face folder; and what is refused."""
 
 import json
+import shutil
 
 import flax.traverse_util
 import jax
@@ -115,8 +116,9 @@ def test_a_run_and_one_of_its_steps(run, vocabulary):
 def test_a_run_says_its_model_and_vocabulary(run, vocabulary):
   directory, _ = run
   feature = seqio.Feature(Vocabulary(vocabulary, extra_ids=20))
-  source = seqio.FunctionDataSource(lambda *a, **k: None, splits=('train',))
-  seqio.TaskRegistry.add('load_model_test', source, [], output_features={'targets': feature})
+  source = seqio.FunctionDataSource(lambda split, shuffle_files: None, splits=('train',))
+  parts = {'source': source, 'preprocessors': [], 'output_features': {'targets': feature}}
+  seqio.TaskRegistry.add('load_model_test', **parts)
   (directory / 'config.gin').write_text(CONFIG_GIN)
   try:
     model = load(str(directory), dtype='bfloat16')
@@ -142,7 +144,7 @@ def hf_folder(folder, config, params, vocabulary) -> str:
     facts = to_hf(config, 'float32', 7)
   save_file(tensors, folder / 'model.safetensors')
   (folder / 'config.json').write_text(json.dumps(facts))
-  (folder / 'spiece.model').write_bytes(open(vocabulary, 'rb').read())
+  shutil.copyfile(vocabulary, folder / 'spiece.model')
   return str(folder)
 
 
