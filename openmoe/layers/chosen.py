@@ -92,10 +92,12 @@ def _several_tokens(one, rows, expert_nk, weight_nk, weights, combine: bool, sha
     rows_mi = x if shared else jnp.sum(jnp.where(chosen_mk[..., None], x, 0), axis=1)
     pick = lambda w: w.arrays[expert]
     y_mo = one(jax.tree.map(pick, weights, is_leaf=lambda w: isinstance(w, PerExpert)), rows_mi)
+    # Home by a small product: a scatter is a slow loop on CPUs.
+    home_mnk = chosen_mk[:, None] & (token_m[:, None] == jnp.arange(n))[..., None]
     if combine:
-      weight_m = jnp.sum(jnp.where(chosen_mk, weight_nk[token_m], 0), axis=1)
-      return y.at[token_m].add(weight_m[:, None] * y_mo.astype(jnp.float32))
-    return y.at[token_m].add(jnp.where(chosen_mk[..., None], y_mo[:, None], 0))
+      weight_mn = jnp.sum(jnp.where(home_mnk, weight_nk, 0), axis=2)
+      return y + weight_mn.T @ y_mo.astype(jnp.float32)
+    return y + jnp.einsum('mnk,mo->nko', home_mnk.astype(y_mo.dtype), y_mo)
 
   like = jax.eval_shape(lambda: one_output(one, rows, weights, shared))
   shape = (n, like.shape[-1]) if combine else (*expert_nk.shape, like.shape[-1])
