@@ -17,11 +17,17 @@ class ConfigError(ValueError):
 
 
 class Dispatch(enum.Enum):
-  """How tokens reach their experts. All three agree to rounding where nothing is dropped."""
+  """How tokens reach their experts. All agree to rounding where nothing is dropped."""
 
   MASK = 'mask'  # one-hot einsums, the reference of the released models
   SCATTER = 'scatter'  # index based; the same slots and drops, gather-only gradients
   DROPLESS = 'dropless'  # sorted by expert, grouped matmuls; capacity is ignored
+  CHOSEN = 'chosen'  # as dropless, but few tokens read only their own experts; has no gradient
+
+  @property
+  def dropless(self) -> bool:
+    """Whether every choice is served and capacity is ignored."""
+    return self in (Dispatch.DROPLESS, Dispatch.CHOSEN)
 
 
 class CapacityConvention(enum.Enum):

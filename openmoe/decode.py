@@ -1,21 +1,26 @@
-"""Generation: prefill, then cached steps, in one jitted function with static shapes.
+"""Generation: prefill, then cached steps, in one jitted call with static shapes.
 
-Inference routes dropless, so what a prompt gives does not depend on its neighbours in the batch.
+Prompts lie at the left of a row, padded on the right to a common length T; every row's new tokens
+go to slots T, T + 1, ..., so that all rows write the same slot and caches are updated in place.
+Rotary positions are a prompt's own: padding does not count. The loop ends when every row is done,
+or at a limit, from where `extend` goes on: so text can be looked at and shown on the way.
+
+This module knows tokens only; text, batches and models are in inference.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 
+import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from openmoe import partitioning
 from openmoe.config import ConfigError, Dispatch, ModelConfig
-from openmoe.models import build_model, init_decode_cache
-from openmoe.types import Array, PyTree
+from openmoe.models import Cache, build_model, init_decode_cache
+from openmoe.types import Array, PyTree, RouterStats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,115 +41,283 @@ class Sampling:
     if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
       raise ConfigError(f'{self}: temperature and top_k must be >= 0 and top_p in (0, 1].')
 
+  @property
+  def program(self) -> tuple[bool, int, bool]:
+    """(draws, top_k, limits the mass): what is compiled; the other values are arguments."""
+    draws = self.temperature > 0
+    return draws, self.top_k if draws else 0, draws and self.top_p < 1
 
-def inference_config(config: ModelConfig) -> ModelConfig:
-  """The same model routed for inference: nothing dropped, padding not routed, one group."""
+
+def bucket(length: int, most: int | None = None, least: int = 16) -> int:
+  """The next of 16, 24, 32, 48, 64, 96, ...: few shapes, at most half of them padding."""
+  size = least
+  while size < length:
+    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+  return size if most is None else min(size, most)
+
+
+def inference_config(config: ModelConfig, capacity: bool = False) -> ModelConfig:
+  """The same model routed for inference; padding is never routed.
+
+  Args:
+    capacity: keep the trained dispatch with its evaluation capacity, by which tokens of all rows
+      compete for slots. Otherwise nothing is dropped, and rows do not depend on each other.
+  """
   if config.moe is None:
     return config
-  moe = dataclasses.replace(
-    config.moe, dispatch=Dispatch.DROPLESS, ignore_padding=True, group_size=2**31 - 1
-  )
+  if capacity:
+    if config.moe.dispatch.dropless:
+      raise ConfigError(
+        f'{config.name} has dispatch={config.moe.dispatch.value!r}, which knows no capacity: leave '
+        "capacity off, or give it a dispatch of 'scatter' or 'mask'."
+      )
+    moe = dataclasses.replace(config.moe, ignore_padding=True)
+  else:
+    # Groups of one token: they only say who competes, and any number of rows divides into them.
+    moe = dataclasses.replace(
+      config.moe, dispatch=Dispatch.CHOSEN, ignore_padding=True, group_size=1
+    )
   return dataclasses.replace(config, moe=moe)
 
 
-def sample(logits_bv: Array, sampling: Sampling, key: Array) -> Array:
-  """int32 [b] next tokens."""
-  if sampling.temperature == 0:
-    return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
-  logits_bv = logits_bv / sampling.temperature
-  descending_bv = jnp.sort(logits_bv, axis=-1)[:, ::-1]
-  if sampling.top_k:
-    least_b1 = descending_bv[:, min(sampling.top_k, logits_bv.shape[-1]) - 1, None]
-    logits_bv = jnp.where(logits_bv < least_b1, -jnp.inf, logits_bv)
-  if sampling.top_p < 1:
-    probs_bv = jax.nn.softmax(descending_bv, axis=-1)
-    # A token stays while the mass before it is short of p, so the largest always stays.
-    keep_bv = jnp.cumsum(probs_bv, axis=-1) - probs_bv < sampling.top_p
-    least_b1 = jnp.min(jnp.where(keep_bv, descending_bv, jnp.inf), axis=-1, keepdims=True)
-    logits_bv = jnp.where(logits_bv < least_b1, -jnp.inf, logits_bv)
-  return jax.random.categorical(key, logits_bv, axis=-1).astype(jnp.int32)
+def for_tokens(config: ModelConfig, tokens: int) -> ModelConfig:
+  """With the largest routing group that divides so many tokens; only capacity makes it matter."""
+  if config.moe is None or config.moe.dispatch.dropless:
+    return config
+  size = next(n for n in range(min(config.moe.group_size, tokens), 0, -1) if tokens % n == 0)
+  return dataclasses.replace(config, moe=dataclasses.replace(config.moe, group_size=size))
 
 
-@partial(jax.jit, static_argnames=('config', 'max_new_tokens', 'sampling', 'eos_id'))
-def _generate(
-  params: PyTree,
-  tokens_bt: Array,
-  length_b: Array,
-  key: Array,
-  *,
-  config: ModelConfig,
-  max_new_tokens: int,
-  sampling: Sampling,
-  eos_id: int,
+def sample(
+  logits_bv: Array, program: tuple[bool, int, bool], temperature: Array, top_p: Array, key_b: Array
 ) -> Array:
-  """int32 [b, max_new_tokens]; 0 after EOS."""
-  model = build_model(config)
-  b, t = tokens_bt.shape
-  slots = t + max_new_tokens
-  decode = partial(model.apply, {'params': params}, method='decode')
-
-  place_bt = jnp.broadcast_to(jnp.arange(t), (b, t))
-  real_bt = place_bt < length_b[:, None]
-  # Shorter prompts leave junk in later slots; no query looks past its own position, and their
-  # own new tokens overwrite it.
-  mask_bts = (jnp.arange(slots) <= place_bt[..., None]) & real_bt[..., None]
-  positions_bt = jnp.where(real_bt, place_bt, -1)
-  cache = init_decode_cache(config, b, slots)
-  out = decode(tokens_bt, positions_bt, mask_bts, cache, jnp.zeros(b, jnp.int32))
-  last_bd = jnp.take_along_axis(out.hidden_btd, (length_b - 1)[:, None, None], axis=1)
-  logits_bv = out.replace(hidden_btd=last_bd).logits()[:, 0]
-
-  def body(i, carry):
-    cache, logits_bv, done_b, new_bn = carry
-    token_b = sample(logits_bv, sampling, jax.random.fold_in(key, i))
-    token_b = jnp.where(done_b, 0, token_b)
-    new_bn = new_bn.at[:, i].set(token_b)
-    done_b = done_b | (token_b == eos_id)
-    position_b = length_b + i
-    mask_b1s = (jnp.arange(slots) <= position_b[:, None])[:, None]
-    position_b1 = jnp.where(done_b, -1, position_b)[:, None]
-    out = decode(token_b[:, None], position_b1, mask_b1s, cache, position_b)
-    return out.cache, out.logits()[:, 0], done_b, new_bn
-
-  new_bn = jnp.zeros((b, max_new_tokens), jnp.int32)
-  carry = (out.cache, logits_bv, jnp.zeros(b, bool), new_bn)
-  return jax.lax.fori_loop(0, max_new_tokens, body, carry)[-1]
-
-
-def generate(
-  params: PyTree,
-  config: ModelConfig,
-  prompts: Sequence[Sequence[int]],
-  max_new_tokens: int,
-  *,
-  eos_id: int,
-  sampling: Sampling = Sampling(),
-  seed: int = 0,
-) -> list[list[int]]:
-  """Continues every prompt; a result ends before EOS.
+  """int32 [b] next tokens.
 
   Args:
-    prompts: token ids without the leading id 0 that starts every sequence; it is added here.
-    max_new_tokens: at most so many.
-
-  Raises:
-    ConfigError: there is nothing to do.
+    program: see Sampling.
+    temperature, top_p: scalars.
+    key_b: one key a row, so that a row's draws are its own.
   """
-  if not prompts or max_new_tokens < 1:
-    raise ConfigError(f'{len(prompts)} prompts and max_new_tokens={max_new_tokens}: need both.')
-  rows = [[0, *prompt] for prompt in prompts]
-  length = max(map(len, rows))
-  tokens = np.zeros((len(rows), length), np.int32)
-  for row, out in zip(rows, tokens, strict=True):
-    out[: len(row)] = row
-  new = _generate(
-    params,
-    jnp.asarray(tokens),
-    jnp.asarray([len(row) for row in rows], jnp.int32),
-    jax.random.key(seed),
-    config=inference_config(config),
-    max_new_tokens=max_new_tokens,
-    sampling=sampling,
-    eos_id=eos_id,
+  draws, top_k, limits_mass = program
+  if not draws:
+    return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
+  logits_bv = logits_bv / temperature
+  if top_k:
+    largest_bk, _ = jax.lax.top_k(logits_bv, min(top_k, logits_bv.shape[-1]))
+    logits_bv = jnp.where(logits_bv < largest_bk[:, -1:], -jnp.inf, logits_bv)
+  if limits_mass:
+    descending_bv = jnp.sort(logits_bv, axis=-1)[:, ::-1]
+    probs_bv = jax.nn.softmax(descending_bv, axis=-1)
+    # A token stays while the mass before it is short of p, so the largest always stays.
+    keep_bv = jnp.cumsum(probs_bv, axis=-1) - probs_bv < top_p
+    least_b1 = jnp.min(jnp.where(keep_bv, descending_bv, jnp.inf), axis=-1, keepdims=True)
+    logits_bv = jnp.where(logits_bv < least_b1, -jnp.inf, logits_bv)
+  return jax.vmap(jax.random.categorical)(key_b, logits_bv).astype(jnp.int32)
+
+
+@flax.struct.dataclass
+class Drops:
+  """Choices that found no slot, and all choices, as float32 counts of tokens."""
+
+  dropped: Array
+  routed: Array
+
+  @staticmethod
+  def none() -> Drops:
+    return Drops(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+
+  def add(self, stats: RouterStats | None, tokens: Array) -> Drops:
+    """Counts a call's statistics by its real tokens."""
+    if stats is None:
+      return self
+    tokens = tokens.astype(jnp.float32)
+    dropped = self.dropped + jnp.mean(stats.dropped_fraction) * tokens
+    return Drops(dropped, self.routed + tokens)
+
+
+@flax.struct.dataclass
+class State:
+  """Rows that are being continued.
+
+  Attributes:
+    cache: of all layers, `prompt_slots` slots for prompts and one for every new token.
+    length_b: int32 tokens of each prompt.
+    key_b: random keys of the rows.
+    tokens_bn: int32 new tokens; 0 where there is none.
+    log_probs_bn: float32 natural logarithms of their probabilities, temperature aside.
+    done_b: rows that chose EOS, or that somebody marked.
+    step: int32 scalar, new tokens so far.
+    drops: what routing with capacity dropped so far.
+    prompt_slots: slots of the longest prompt that fits.
+  """
+
+  cache: Cache
+  length_b: Array
+  key_b: Array
+  tokens_bn: Array
+  log_probs_bn: Array
+  done_b: Array
+  step: Array
+  drops: Drops
+  prompt_slots: int = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Prefilled:
+  """Prompts after one pass.
+
+  Attributes:
+    cache: of all layers.
+    hidden_bd: final hidden states of each prompt's last token.
+    kernel_dv: of the output layer.
+    drops: see State.
+  """
+
+  cache: Cache
+  hidden_bd: Array
+  kernel_dv: Array
+  drops: Drops
+
+
+def prefill(
+  params: PyTree, config: ModelConfig, tokens_bt: Array, length_b: Array, extra_slots: int
+) -> Prefilled:
+  """Reads prompts [b, t], padded on the right, into a cache of t + extra_slots slots a row."""
+  b, t = tokens_bt.shape
+  real_bt = jnp.arange(t) < length_b[:, None]
+  mask_bts = jnp.tril(jnp.ones((t, t), bool)) & real_bt[..., None]
+  positions_bt = jnp.where(real_bt, jnp.arange(t), -1)
+  out = build_model(for_tokens(config, b * t)).apply(
+    {'params': params},
+    tokens_bt,
+    positions_bt,
+    mask_bts,
+    init_decode_cache(config, b, t + extra_slots),
+    0,
+    method='decode',
   )
-  return [row[: row.index(eos_id)] if eos_id in row else row for row in np.asarray(new).tolist()]
+  last_b11 = jnp.maximum(length_b - 1, 0)[:, None, None]
+  hidden_bd = jnp.take_along_axis(out.hidden_btd, last_b11, axis=1)[:, 0]
+  drops = Drops.none().add(out.router_stats, jnp.sum(length_b))
+  return Prefilled(out.cache, hidden_bd, out.output_kernel_dv, drops)
+
+
+def output_logits(hidden: Array, kernel_dv: Array) -> Array:
+  """float32 [..., v]."""
+  return hidden.astype(jnp.float32) @ kernel_dv.astype(jnp.float32)
+
+
+def _choose(
+  state: State, logits_bv: Array, program: tuple, temperature: Array, top_p: Array, eos_id: int
+) -> State:
+  """Writes down the next token of every row that is not done."""
+  key_b = jax.vmap(jax.random.fold_in, (0, None))(state.key_b, state.step)
+  token_b = sample(logits_bv, program, temperature, top_p, key_b)
+  log_prob_b = jnp.take_along_axis(logits_bv, token_b[:, None], axis=1)[:, 0]
+  log_prob_b -= jax.nn.logsumexp(logits_bv, axis=-1)
+  put = lambda x_bn, new_b: jax.lax.dynamic_update_slice_in_dim(
+    x_bn, jnp.where(state.done_b, 0, new_b)[:, None], state.step, axis=1
+  )
+  return state.replace(
+    tokens_bn=put(state.tokens_bn, token_b),
+    log_probs_bn=put(state.log_probs_bn, log_prob_b),
+    done_b=state.done_b | (token_b == eos_id),
+    step=state.step + 1,
+  )
+
+
+def _loop(params, config, state: State, limit, program, temperature, top_p, eos_id) -> State:
+  """Steps until `limit` tokens are there or every row is done."""
+  t, n = state.prompt_slots, state.tokens_bn.shape[1]
+  slot_s = jnp.arange(t + n)
+  model = build_model(for_tokens(config, state.length_b.shape[0]))
+
+  def body(state: State) -> State:
+    last = state.step - 1  # of the token that is fed
+    token_b1 = jax.lax.dynamic_slice_in_dim(state.tokens_bn, last, 1, axis=1)
+    position_b1 = jnp.where(state.done_b, -1, state.length_b + last)[:, None]
+    new_s = (slot_s >= t) & (slot_s <= t + last)
+    mask_b1s = ((slot_s < state.length_b[:, None]) | new_s)[:, None]
+    out = model.apply(
+      {'params': params}, token_b1, position_b1, mask_b1s, state.cache, t + last, method='decode'
+    )
+    state = state.replace(
+      cache=out.cache, drops=state.drops.add(out.router_stats, jnp.sum(~state.done_b))
+    )
+    logits_bv = output_logits(out.hidden_btd[:, 0], out.output_kernel_dv)
+    return _choose(state, logits_bv, program, temperature, top_p, eos_id)
+
+  more = lambda state: (state.step < limit) & ~jnp.all(state.done_b)
+  return jax.lax.while_loop(more, body, state)
+
+
+def _readable(state: State) -> State:
+  """What the host looks at lies whole on every device."""
+  whole = lambda x: partitioning.shard(x, (None,) * x.ndim)
+  fields = ('tokens_bn', 'log_probs_bn', 'done_b', 'step', 'drops')
+  return state.replace(**{f: jax.tree.map(whole, getattr(state, f)) for f in fields})
+
+
+_STATIC = ('config', 'program', 'eos_id')
+
+
+@partial(jax.jit, static_argnames=(*_STATIC, 'samples', 'max_new'))
+def start(
+  params: PyTree,
+  tokens_pt: Array,
+  length_p: Array,
+  key_b: Array,
+  done_b: Array,
+  limit: Array,
+  temperature: Array,
+  top_p: Array,
+  *,
+  config: ModelConfig,
+  samples: int,
+  max_new: int,
+  program: tuple[bool, int, bool],
+  eos_id: int,
+) -> State:
+  """Reads p prompts once and continues each `samples` times, b = p * samples rows.
+
+  Args:
+    params: as models.unstack gives them.
+    tokens_pt, length_p: prompts, padded on the right, and their lengths.
+    key_b, done_b: of the rows; those of a prompt are neighbours.
+    limit: new tokens after which to return, at least 1.
+    max_new: new tokens that there is room for.
+    program, temperature, top_p: see Sampling.
+  """
+  read = prefill(params, config, tokens_pt, length_p, max_new)
+  repeat = lambda x: jnp.repeat(x, samples, axis=0) if samples > 1 else x
+  b = key_b.shape[0]
+  state = State(
+    cache=jax.tree.map(repeat, read.cache),
+    length_b=repeat(length_p),
+    key_b=key_b,
+    tokens_bn=jnp.zeros((b, max_new), jnp.int32),
+    log_probs_bn=jnp.zeros((b, max_new), jnp.float32),
+    done_b=done_b,
+    step=jnp.zeros((), jnp.int32),
+    drops=read.drops,
+    prompt_slots=tokens_pt.shape[1],
+  )
+  logits_bv = repeat(output_logits(read.hidden_bd, read.kernel_dv))
+  state = _choose(state, logits_bv, program, temperature, top_p, eos_id)
+  return _readable(_loop(params, config, state, limit, program, temperature, top_p, eos_id))
+
+
+@partial(jax.jit, static_argnames=_STATIC, donate_argnames='state')
+def extend(
+  params: PyTree,
+  state: State,
+  limit: Array,
+  temperature: Array,
+  top_p: Array,
+  *,
+  config: ModelConfig,
+  program: tuple[bool, int, bool],
+  eos_id: int,
+) -> State:
+  """Goes on to `limit` new tokens; the state given is consumed."""
+  return _readable(_loop(params, config, state, limit, program, temperature, top_p, eos_id))

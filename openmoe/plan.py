@@ -9,7 +9,7 @@ import flax.traverse_util
 import jax
 
 from openmoe import partitioning
-from openmoe.config import Architecture, Dispatch, MeshConfig, ModelConfig, OptimizerConfig
+from openmoe.config import Architecture, MeshConfig, ModelConfig, OptimizerConfig
 from openmoe.optimizer import learning_rate, make_optimizer
 from openmoe.programme import Programme
 from openmoe.train_state import (
@@ -148,7 +148,7 @@ def make_plan(
 
 def _capacity_note(model: ModelConfig) -> str:
   moe = model.moe
-  if moe is None or moe.dispatch is Dispatch.DROPLESS:
+  if moe is None or moe.dispatch.dropless:
     return ''
   share = moe.capacity_factor
   if moe.capacity_convention.value == 'released':

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from openmoe.config import DataConfig, ModelConfig
-from openmoe.decode import generate
+from openmoe.inference import LanguageModel
 from openmoe.programme import as_programme
 from openmoe.train import Result
 
@@ -57,17 +57,17 @@ def _continuations(
 ) -> None:
   source = seqio.get_mixture_or_task(data.mixture_or_task_name)
   vocabulary = source.output_features['targets'].vocabulary
-  eos = vocabulary.eos_id
   if 'inputs' in data.task_feature_lengths:
-    ids = [[*vocabulary.encode(PREFIX), *vocabulary.encode(text), eos] for text in prompts]
+    ids = [
+      [*vocabulary.encode(PREFIX), *vocabulary.encode(text), vocabulary.eos_id] for text in prompts
+    ]
   else:
     ids = [vocabulary.encode(text) for text in prompts]
   params = jax.device_put(jax.device_get(result.params), jax.local_devices()[0])
   console.print('\nGreedy continuations:')
-  for text, new in zip(
-    prompts, generate(params, model, ids, max_new_tokens, eos_id=eos), strict=True
-  ):
+  results = LanguageModel(model, params, vocabulary).generate(ids, max_new_tokens)
+  for text, (found,) in zip(prompts, results, strict=True):
     # A young model likes line breaks: more than two in a row say nothing.
-    continuation = re.sub(r'\n\s*\n+', '\n\n', vocabulary.decode(new)).rstrip()
+    continuation = re.sub(r'\n\s*\n+', '\n\n', found.text).rstrip()
     console.print(Text(text, style='bold'), Text(continuation, style='cyan'), sep='')
     console.print(Text('---', style='dim'))

@@ -1,4 +1,4 @@
-"""The decoder: parameter tree, masks, cached decoding, rounding of the residual, program size."""
+"""The decoder: parameter tree, masks, rounding of the residual, program size."""
 
 import dataclasses
 import json
@@ -9,10 +9,9 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from openmoe.config import Dispatch, ModelConfig, MoEConfig
-from openmoe.decode import Sampling, generate, inference_config, sample
+from openmoe.decode import inference_config
 from openmoe.models.openmoe import Residual, token_mask, training_mask
 from openmoe.train_state import abstract_params, build_model, empty_batch
 from openmoe.types import Batch
@@ -88,33 +87,6 @@ def test_packed_segments_do_not_see_each_other():
     batch = batch.replace(inputs=inputs, segment_ids=segments)
     logits.append(logits_of(params, batch)[0, 6:])
   np.testing.assert_allclose(*logits, atol=1e-5)
-
-
-@pytest.mark.parametrize('sparse', [True, False])
-def test_cached_decoding_equals_the_full_forward(sparse):
-  """Greedy continuations of prompts of different lengths, batched, against one row at a time."""
-  config = inference_config(small() if sparse else small(num_sparse_layers=0, moe=None))
-  module, params = initialised(config)
-  prompts = [[5, 9, 33, 8, 60], [7], [11, 12, 90]]
-  logits_of = jitted_logits(module)
-  got = generate(params, config, prompts, 6, eos_id=1)
-  for prompt, new in zip(prompts, got, strict=True):
-    tokens = list(prompt)
-    for _ in range(6):
-      # Causal, so one padded length serves all; targets of 2 only mark real positions.
-      row = text_batch(np.array([[*tokens, 2] + [2] * (11 - len(tokens))]))
-      tokens.append(int(jnp.argmax(logits_of(params, row)[0, len(tokens)])))
-    want = tokens[len(prompt) :]
-    assert new == (want[: want.index(1)] if 1 in want else want)
-
-
-def test_sampling_keeps_to_its_limits():
-  logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
-  draw = lambda **kw: {int(sample(logits, Sampling(**kw), jax.random.key(i))[0]) for i in range(60)}
-  assert draw() == {0}
-  assert draw(temperature=1.0, top_k=2) == {0, 1}
-  assert draw(temperature=1.0, top_p=0.9) == {0, 1, 2}
-  assert draw(temperature=5.0) == {0, 1, 2, 3}
 
 
 def test_residual_is_rounded_only_before_the_first_sparse_layer():

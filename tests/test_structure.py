@@ -27,6 +27,9 @@ CHAIN = (
   'train_step',
   'classification',
   'decode',
+  'scoring',
+  'placement',
+  'inference',
   'evaluate',
   'plan',
   'train',
@@ -35,6 +38,7 @@ CHAIN = (
 # without them; from there on they are free to use.
 SIDE = {
   'hardware': set(),
+  'chat': {'config'},
   'data': {'types', 'config', 'programme'},
   'feed': {'types', 'config', 'programme', 'data', 'partitioning'},
   'manifest': set(),

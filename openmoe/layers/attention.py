@@ -21,24 +21,57 @@ MASKED = -1e10  # the original's bias; a row with no allowed key becomes uniform
 
 @flax.struct.dataclass
 class KVCache:
-  """Rotated keys and values of one attention layer, both [b, s, n, h]."""
+  """Rotated keys and values of one attention layer, both [b, n, s, h].
+
+  Heads stand before slots, the order in which the products want them: a step of decoding then
+  reads the cache where it lies.
+  """
 
   key: Array
   value: Array
 
 
 def init_cache(batch: int, length: int, heads: int, head_dim: int, dtype: jnp.dtype) -> KVCache:
-  zeros = jnp.zeros((batch, length, heads, head_dim), dtype)
+  """An empty cache of `length` slots a row."""
+  zeros = jnp.zeros((batch, heads, length, head_dim), dtype)
+  zeros = partitioning.shard(zeros, ('act_batch', 'act_heads', None, None))
   return KVCache(key=zeros, value=zeros)
 
 
-def write_cache(cache: KVCache, key_btnh: Array, value_btnh: Array, slot_b: Array) -> KVCache:
-  """Stores t new entries per row, beginning at slot_b [b] of that row."""
-  write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0, 0)))
-  return KVCache(
-    key=write(cache.key, key_btnh.astype(cache.key.dtype), slot_b),
-    value=write(cache.value, value_btnh.astype(cache.value.dtype), slot_b),
-  )
+def write_cache(cache: KVCache, key_btnh: Array, value_btnh: Array, slot: Array | int) -> KVCache:
+  """Stores t new entries in every row, beginning at the same slot of all.
+
+  One slot for all, because then the cache is updated in place; a slot of its own for every row
+  would be a scatter.
+  """
+
+  def write(old_bnsh: Array, new_btnh: Array) -> Array:
+    new_bnth = new_btnh.swapaxes(1, 2).astype(old_bnsh.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(old_bnsh, new_bnth, slot, axis=2)
+
+  return KVCache(key=write(cache.key, key_btnh), value=write(cache.value, value_btnh))
+
+
+def attend_cached(
+  query_btknh: Array, cache: KVCache, mask_bts: Array, softmax_dtype: jnp.dtype, scale: float = 1.0
+) -> Array:
+  """softmax(scale q k + bias) v against the first s slots of a cache, [b, t, k, n, h].
+
+  Args:
+    query_btknh: k queries a token and head; its dtype is that of the products.
+    mask_bts: bool, True where the query may look; its last side says how many slots there are.
+    softmax_dtype: of bias and softmax.
+  """
+  b, t, k, n, h = query_btknh.shape
+  slots = mask_bts.shape[-1]
+  key, value = (x[:, :, :slots] for x in (cache.key, cache.value))
+  query_bnqh = query_btknh.transpose(0, 3, 1, 2, 4).reshape(b, n, t * k, h)
+  logits_bnqs = jnp.einsum('bnqh,bnsh->bnqs', query_bnqh, key.astype(query_btknh.dtype)) * scale
+  logits_bntks = logits_bnqs.reshape(b, n, t, k, slots).astype(softmax_dtype)
+  bias = jnp.where(mask_bts[:, None, :, None], 0.0, MASKED).astype(softmax_dtype)
+  probs_bnqs = jax.nn.softmax(logits_bntks + bias, axis=-1).reshape(b, n, t * k, slots)
+  out_bnqh = jnp.einsum('bnqs,bnsh->bnqh', probs_bnqs.astype(value.dtype), value)
+  return out_bnqh.reshape(b, n, t, k, h).transpose(0, 2, 3, 1, 4)
 
 
 def attend(
@@ -75,12 +108,12 @@ class Attention(nn.Module):
     positions_bt: Array,
     train: bool,
     cache: KVCache | None = None,
-    cache_slot_b: Array | None = None,
+    cache_slot: Array | int | None = None,
   ) -> tuple[Array, KVCache | None]:
     """[b, t, d] -> [b, t, d] and the updated cache.
 
-    With a cache the keys are the cache's s slots and mask_bts covers them; new entries go to
-    cache_slot_b. Without one the keys are this call's own (s = t).
+    With a cache the keys are its first s slots, which mask_bts covers; new entries go to cache_slot
+    and behind it, in every row. Without one the keys are this call's own (s = t).
     """
     d, n, h = x_btd.shape[-1], self.num_heads, self.head_dim
     x_btd = x_btd.astype(self.dtype)
@@ -89,14 +122,15 @@ class Attention(nn.Module):
     value = self._heads('value', x_btd, self._init())
     sin, cos = rotary_tables(positions_bt, h, self.rope_theta, self.dtype)
     query, key = apply_rotary(query, sin, cos), apply_rotary(key, sin, cos)
-    if cache is not None:
-      cache = write_cache(cache, key, value, cache_slot_b)
-      key, value = cache.key.astype(self.dtype), cache.value.astype(self.dtype)
     if self.float32_logits:
-      query, key = query.astype(jnp.float32), key.astype(jnp.float32)
-    # One mask for all query positions, as in the original: broadcast over the query axis.
-    dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,), deterministic=not train)
-    out_btnh = attend(query, key, value, mask_bts, dropout)
+      query = query.astype(jnp.float32)
+    if cache is not None:
+      cache = write_cache(cache, key, value, cache_slot)
+      out_btnh = attend_cached(query[:, :, None], cache, mask_bts, query.dtype)[:, :, 0]
+    else:
+      # One mask for all query positions, as in the original: broadcast over the query axis.
+      dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,), deterministic=not train)
+      out_btnh = attend(query, key.astype(query.dtype), value, mask_bts, dropout)
     out = Kernel((n * h, d), ('heads', 'embed'), self._init(), name='out')()
     y_btd = out_btnh.reshape(*x_btd.shape[:2], n * h) @ out.astype(self.dtype)
     return y_btd, cache

@@ -164,7 +164,8 @@ def sorted_slots(expert_nk: Array, num_experts: int, start_e: Array, num_slots: 
   expert_r = expert_nk.reshape(-1)
   order_r = jnp.argsort(expert_r, stable=True)
   sorted_r = expert_r[order_r]
-  first_e = jnp.searchsorted(sorted_r, jnp.arange(num_experts, dtype=sorted_r.dtype))
+  experts_e = jnp.arange(num_experts, dtype=sorted_r.dtype)
+  first_e = jnp.sum(expert_r[:, None] < experts_e, axis=0, dtype=jnp.int32)
   rank_r = jnp.arange(expert_r.size, dtype=jnp.int32) - _take(first_e, sorted_r)
   slot_r = jnp.where(sorted_r < num_experts, _take(start_e, sorted_r) + rank_r, num_slots)
   slot_nk = jnp.zeros_like(expert_r).at[order_r].set(slot_r).reshape(expert_nk.shape)

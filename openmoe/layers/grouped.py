@@ -74,15 +74,23 @@ def choose_kernel(dtype: jnp.dtype, *sides: int) -> Kernel:
 
 
 def block_layout(
-  expert_nk: Array, num_experts: int, kernel: Kernel = Kernel.BLOCKED
+  expert_nk: Array,
+  num_experts: int,
+  kernel: Kernel = Kernel.BLOCKED,
+  one_size: bool = False,
 ) -> tuple[SlotMap, Segments]:
   """Places every routed row into its expert's segment; nothing is dropped.
 
   Args:
     expert_nk: int32; num_experts marks a row that is not routed.
+    one_size: for Kernel.BLOCKED, chunks of one size: a smaller program, some more padding.
   """
   rows, blocked = expert_nk.size, kernel is Kernel.BLOCKED
-  align = grouped_blocked.alignment(rows, num_experts) if blocked else 1
+  sizes = grouped_blocked.ladder(rows, num_experts)
+  if one_size:
+    # An average segment, half of one where that is large: padding against repeated packing.
+    sizes = (sizes[0] if sizes[0] <= 32 else sizes[0] // 2,)
+  align = sizes[-1] if blocked else 1
   # Every expert wastes less than one alignment; the kernels of accelerators want whole tiles.
   unit = align if blocked else grouped_tpu.TILE_ROWS
   num_slots = -(-(rows + num_experts * (align - 1)) // unit) * unit
@@ -92,7 +100,6 @@ def block_layout(
   slots = sorted_slots(expert_nk, num_experts, start_e, num_slots)
   parts = ()
   if blocked:
-    sizes = grouped_blocked.ladder(rows, num_experts)
     parts = tuple(grouped_blocked.chunks(start_e, rows_e, sizes, num_slots))
   return slots, Segments(start_e, rows_e, parts, kernel)
 

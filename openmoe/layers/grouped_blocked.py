@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from openmoe import partitioning
+from openmoe.layers.experts import Stack, at_expert
 from openmoe.types import Array
 
 # Large chunks first. An accumulation into a weight gradient costs as much as a product of about 50
@@ -45,13 +46,11 @@ def ladder(rows: int, num_experts: int) -> tuple[int, ...]:
   return tuple(size for size in fits if size * 16 >= fits[0])
 
 
-def alignment(rows: int, num_experts: int) -> int:
-  """What the length of a segment must be a multiple of."""
-  return ladder(rows, num_experts)[-1]
-
-
 def chunks(start_e: Array, rows_e: Array, sizes: tuple[int, ...], max_rows: int) -> list[Chunks]:
-  """Cuts segments into chunks, the largest first; every row of a segment is in one chunk."""
+  """Cuts segments into chunks, the largest first; every row of a segment is in one chunk.
+
+  Segments must be multiples of the smallest size.
+  """
   result, done_e = [], jnp.zeros_like(rows_e)
   last = rows_e.size - 1
   for i, size in enumerate(sizes):
@@ -60,7 +59,9 @@ def chunks(start_e: Array, rows_e: Array, sizes: tuple[int, ...], max_rows: int)
     bound = max_rows // size if i == 0 else rows_e.size * (sizes[i - 1] // size - 1)
     end_e = jnp.cumsum(count_e)
     index_c = jnp.arange(bound, dtype=jnp.int32)
-    expert_c = jnp.minimum(jnp.searchsorted(end_e, index_c, side='right'), last)
+    expert_c = jnp.minimum(
+      jnp.searchsorted(end_e, index_c, side='right', method='compare_all'), last
+    )
     within_c = index_c - (end_e - count_e)[expert_c]
     start_c = (start_e + done_e)[expert_c] + within_c * size
     result.append(Chunks(start_c.astype(jnp.int32), expert_c.astype(jnp.int32), end_e[-1], size))
@@ -87,7 +88,7 @@ def _loop(parts: list[Chunks], body: Callable, carry):
 
 
 def _of(x: Array, expert: Array) -> Array:
-  return jax.lax.dynamic_index_in_dim(x, expert, keepdims=False)
+  return at_expert(lambda x: x, x, expert)
 
 
 def _add_to(x_eio: Array, expert: Array, part_io: Array) -> Array:
@@ -99,11 +100,12 @@ _dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32
 _NN, _NT, _TN = [(((i,), (j,)), ((), ())) for i, j in ((1, 0), (1, 1), (0, 0))]
 
 
-def matmul(lhs_mi: Array, rhs_eio: Array, parts: list[Chunks], transpose: bool) -> Array:
+def matmul(lhs_mi: Array, rhs_eio: Stack, parts: list[Chunks], transpose: bool) -> Array:
   """Each row times its expert's matrix (transposed: rhs is [e, o, i]); [m, i] -> [m, o]."""
+  product = lambda rhs_io, lhs_ri: _dot(lhs_ri, rhs_io, _NT if transpose else _NN)
 
   def body(rows, put, expert, out_mo):
-    return put(out_mo, _dot(rows(lhs_mi), _of(rhs_eio, expert), _NT if transpose else _NN))
+    return put(out_mo, at_expert(product, rhs_eio, expert, rows(lhs_mi)))
 
   out_dim = rhs_eio.shape[1] if transpose else rhs_eio.shape[2]
   return _loop(parts, body, _zeros((lhs_mi.shape[0], out_dim), lhs_mi.dtype))
@@ -136,18 +138,19 @@ def mlp(x_md: Array, weights, parts: list[Chunks], activation: Callable, save: b
   Returns:
     [m, d], or ([m, d], [m, 2f], [m, f] or None).
   """
-  wi_0, wi_1, wo, keep = weights
+  wi_0, wi_1, wo, _ = weights
   buffer = lambda like: None if like is None else _zeros((x_md.shape[0], like.shape[2]), x_md.dtype)
 
+  def one(weights, x):
+    wi_0, wi_1, wo, keep = weights
+    product = lambda w: None if w is None else _dot(x, w, _NN).astype(x.dtype)
+    pre = product(wi_0), product(wi_1)
+    out = _dot(_hidden(*pre, keep, activation), wo, _NN)
+    return (out, *pre) if save else (out,)
+
   def body(rows, put, expert, carry):
-    of = lambda w: None if w is None else _of(w, expert)
-    product = lambda w: None if w is None else _dot(rows(x_md), of(w), _NN).astype(x_md.dtype)
-    new = product(wi_0), product(wi_1)
-    h = _hidden(*new, of(keep), activation)
-    out = put(carry[0], _dot(h, of(wo), _NN))
-    if not save:
-      return (out,)
-    return out, *(None if n is None else put(old, n) for old, n in zip(carry[1:], new, strict=True))
+    new = at_expert(one, weights, expert, rows(x_md))
+    return tuple(None if n is None else put(old, n) for old, n in zip(carry, new, strict=True))
 
   carry = _loop(parts, body, (buffer(wo), buffer(wi_0), buffer(wi_1)) if save else (buffer(wo),))
   return carry if save else carry[0]

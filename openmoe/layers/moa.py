@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from openmoe import partitioning
 from openmoe.config import MoEConfig
-from openmoe.layers.attention import MASKED, KVCache, write_cache
+from openmoe.layers.attention import MASKED, KVCache, attend_cached, write_cache
+from openmoe.layers.experts import ExpertKernel, Stack
 from openmoe.layers.grouped import Segments, choose_kernel, grouped_matmul
 from openmoe.layers.mlp import Kernel
 from openmoe.layers.moe import output_bias, route_groups
@@ -40,18 +41,18 @@ def attend_slots(
   return jnp.einsum('bknts,bsnh->btknh', probs_bknts, value_bsnh)
 
 
-def _grouped(rows: Array, kernel_eio: Array, segments: Segments | None) -> Array:
+def _grouped(rows: Array, kernel_eio: Stack, segments: Segments | None) -> Array:
   if segments is None:
     return jnp.einsum('eri,eio->ero', rows, kernel_eio)
   return grouped_matmul(rows, kernel_eio, segments)
 
 
-def _queries(kernel_edh: Array, rows: Array, segments: Segments | None) -> Array:
+def _queries(kernel_edh: Stack, rows: Array, segments: Segments | None) -> Array:
   """Whole embeddings in, this model shard's heads out."""
   return _grouped(gathered(rows), kernel_edh, segments)
 
 
-def _outputs(kernel_ehd: Array, rows: Array, segments: Segments | None) -> Array:
+def _outputs(kernel_ehd: Stack, rows: Array, segments: Segments | None) -> Array:
   """This model shard's heads in, its slice of the embedding out."""
   return scattered(_grouped(rows, kernel_ehd, segments))
 
@@ -83,7 +84,7 @@ class MixtureOfAttention(nn.Module):
     positions_bt: Array,
     train: bool,
     cache: KVCache | None = None,
-    cache_slot_b: Array | None = None,
+    cache_slot: Array | int | None = None,
   ) -> tuple[Array, KVCache | None, RouterStats]:
     """[b, t, d] -> float32 [b, t, d], the updated cache and the router's statistics.
 
@@ -116,10 +117,11 @@ class MixtureOfAttention(nn.Module):
     sin, cos = rotary_tables(positions_bt, h, self.rope_theta, self.dtype)
     query, key = apply_rotary(query, sin[:, :, None], cos[:, :, None]), apply_rotary(key, sin, cos)
     if cache is not None:
-      cache = write_cache(cache, key, value, cache_slot_b)
-      key, value = cache.key.astype(self.dtype), cache.value.astype(self.dtype)
-    dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,), deterministic=not train)
-    out_btknh = attend_slots(query, key, value, mask_bts, dropout)
+      cache = write_cache(cache, key, value, cache_slot)
+      out_btknh = attend_cached(query, cache, mask_bts, jnp.float32, h**-0.5)
+    else:
+      dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,), deterministic=not train)
+      out_btknh = attend_slots(query, key, value, mask_bts, dropout)
 
     y_gtd = through_experts(
       _outputs,
@@ -133,9 +135,9 @@ class MixtureOfAttention(nn.Module):
     )
     return y_gtd.reshape(b, t, d) + output_bias(self, d), cache, routing.stats
 
-  def _expert_kernel(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Array:
+  def _expert_kernel(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Stack:
     shape, axes = (self.config.num_experts, *shape), ('expert', *axes)
-    return Kernel(shape, axes, self.kernel_init, name=name)().astype(self.dtype)
+    return ExpertKernel(shape, axes, self.kernel_init, name=name)().astype(self.dtype)
 
   def _shared_heads(self, name: str, x_btd: Array) -> Array:
     n, h = self.num_heads, self.head_dim

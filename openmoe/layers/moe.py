@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from openmoe import partitioning
 from openmoe.config import ConfigError, MoEConfig
+from openmoe.layers.experts import ExpertKernel, Stack
 from openmoe.layers.grouped import Segments, choose_kernel, grouped_mlp
-from openmoe.layers.mlp import DOUBLE_SWIGLU, Gating, Kernel
+from openmoe.layers.mlp import DOUBLE_SWIGLU, Gating
 from openmoe.layers.router import Router
 from openmoe.layers.transport import gathered, scattered, through_experts
 from openmoe.types import Array, RouterStats, Routing
@@ -31,9 +32,9 @@ class ExpertWeights:
       expert drops the same units for all of its tokens.
   """
 
-  wi_0_eduf: Array
-  wi_1_edf: Array | None
-  wo_efd: Array
+  wi_0_eduf: Stack
+  wi_1_edf: Stack | None
+  wo_efd: Stack
   keep_ef: Array | None = None
 
 
@@ -94,7 +95,7 @@ class Experts(nn.Module):
   @nn.compact
   def __call__(self, embed_dim: int, train: bool) -> ExpertWeights:
     e, d, f = self.num_experts, embed_dim, self.mlp_dim
-    kernel = lambda name, *args: Kernel(*args, name=name)().astype(self.dtype)
+    kernel = lambda name, *args: ExpertKernel(*args, name=name)().astype(self.dtype)
     gate_axes = ('expert', 'embed', 'gate', 'expert_mlp')
     linear_axes, out_axes = ('expert', 'embed', 'expert_mlp'), ('expert', 'expert_mlp', 'embed')
     keep_ef = None

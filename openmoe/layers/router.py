@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from openmoe.config import (
   CapacityConvention,
   ConfigError,
-  Dispatch,
   MoEConfig,
   RouterLoss,
   RouterOrder,
@@ -219,7 +218,7 @@ class Router(nn.Module):
     # HIGHEST: the default would be bf16 passes on TPU and TF32 on NVIDIA.
     logits_gte = jnp.einsum('gtd,de->gte', x_gtd, kernel_de, precision=jax.lax.Precision.HIGHEST)
     capacity = None
-    if cfg.dispatch is not Dispatch.DROPLESS:
+    if not cfg.dispatch.dropless:
       factor = cfg.capacity_factor if train else cfg.eval_capacity_factor
       capacity = expert_capacity(
         x_gtd.shape[1],

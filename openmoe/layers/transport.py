@@ -19,11 +19,14 @@ import jax.numpy as jnp
 
 from openmoe import partitioning
 from openmoe.config import Dispatch, MoEConfig
+from openmoe.layers import chosen
 from openmoe.layers import dispatch as dispatching
+from openmoe.layers.experts import split_axes
 from openmoe.layers.grouped import Kernel, Segments, block_layout
 from openmoe.types import Array, PyTree, Routing
 
 # (weights, rows, segments) -> rows. Rows are [e, r, i] buffers where segments is None, else [m, i].
+# Weights and buffers may be of fewer experts than the layer has.
 Compute = Callable[[PyTree, Array, Segments | None], Array]
 
 
@@ -47,7 +50,7 @@ def through_experts(
     compute: sees one device's experts; rows of dropped choices never reach it.
     x: [g, t, d], or [g, t, k, d] with a row per choice.
     weights: of the experts, leading axis 'expert'.
-    capacity: slots per expert and group; None for Dispatch.DROPLESS.
+    capacity: slots per expert and group; None where dispatch is dropless.
     in_axes, weight_axes, out_axes: logical axes of x, weights and result.
     combine: whether outputs are weighted and summed over the choices.
 
@@ -59,14 +62,17 @@ def through_experts(
   def local(*pieces):
     # One cast at the door, so that the hand-written gradients inside see one type of value.
     x, weights, routing = jax.tree.map(partitioning.varying, pieces)
+    if config.dispatch is Dispatch.CHOSEN and chosen.pays(routing, weights):
+      return chosen.through_chosen(compute, x, weights, routing, combine)
     run = functools.partial(compute, weights)
-    if config.dispatch is Dispatch.DROPLESS:
-      return _through_segments(run, x, routing, config.num_experts, kernel, combine)
+    if config.dispatch.dropless:
+      one_size = config.dispatch is Dispatch.CHOSEN
+      return _through_segments(run, x, routing, config.num_experts, kernel, combine, one_size)
     return _through_buffers(run, x, routing, config, capacity, combine)
 
   return partitioning.per_shard(
     local,
-    (in_axes, weight_axes, routing_axes),
+    (in_axes, split_axes(weights, weight_axes), routing_axes),
     out_axes,
     x,
     weights,
@@ -110,8 +116,16 @@ def _home(buffer_mo: Array, routing: Routing, slots: dispatching.SlotMap, combin
   return dispatching.combine(buffer_mo, weights_nk, slots).reshape(g, t, -1)
 
 
-def _through_segments(run, x, routing: Routing, num_experts: int, kernel: Kernel, combine: bool):
-  """Rows sorted by expert; nothing is dropped. See through_experts."""
+def _through_segments(
+  run,
+  x,
+  routing: Routing,
+  num_experts: int,
+  kernel: Kernel,
+  combine: bool,
+  one_size: bool,
+):
+  """Rows sorted by expert; nothing is dropped. See through_experts and block_layout."""
   g, t, k = routing.expert_index_gtk.shape
   routed_gtk = routing.slot_gtk >= 0
   expert_nk = jnp.where(routed_gtk, routing.expert_index_gtk, num_experts).reshape(g * t, k)
@@ -119,7 +133,7 @@ def _through_segments(run, x, routing: Routing, num_experts: int, kernel: Kernel
   leave = lambda slots: dispatching.dispatch(rows, slots if x.ndim == 3 else slots.by_choice())
 
   if partitioning.partitions('expert') == 1:
-    slots, segments = block_layout(expert_nk, num_experts, kernel)
+    slots, segments = block_layout(expert_nk, num_experts, kernel, one_size)
     return _home(run(leave(slots), segments), routing, slots, combine)
 
   slots, counts_me = _sort_for_exchange(expert_nk, num_experts)
@@ -130,7 +144,7 @@ def _through_segments(run, x, routing: Routing, num_experts: int, kernel: Kernel
   max_rows = sizes_mm.shape[0] * g * t * min(k, local_e)
   arrived_rd = partitioning.exchange_rows(rows_rd, sizes_mm, max_rows, 'expert')
   arrived_r1 = _arrived_experts(counts_me, local_e, max_rows)
-  arrived, segments = block_layout(arrived_r1, local_e, kernel)
+  arrived, segments = block_layout(arrived_r1, local_e, kernel, one_size)
   out_mo = run(dispatching.dispatch(arrived_rd, arrived), segments)
   out_ro = dispatching.collect(out_mo, arrived)[:, 0]
   home_ro = partitioning.exchange_rows(out_ro, sizes_mm.T, rows_rd.shape[0], 'expert')

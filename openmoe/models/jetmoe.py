@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from openmoe import partitioning
 from openmoe.config import ModelConfig
-from openmoe.layers.attention import KVCache, init_cache
+from openmoe.layers.attention import KVCache
 from openmoe.layers.embed import Embed
 from openmoe.layers.mlp import SWIGLU
 from openmoe.layers.moa import MixtureOfAttention
@@ -21,10 +21,14 @@ from openmoe.layers.norm import RMSNorm
 from openmoe.models.openmoe import (
   ACT,
   BlockContext,
+  Cache,
   ModelOutput,
+  decode_context,
   final_norm_epsilon,
+  layer_name,
   rematerialised,
   scanned,
+  unrolled,
 )
 from openmoe.types import Array, Batch, RouterStats
 
@@ -64,7 +68,7 @@ class JetMoEBlock(nn.Module):
       cfg.dropout_rate,
       name='attention',
     )
-    where = (context.mask_bts, context.positions_bt, train, cache, context.cache_slot_b)
+    where = (context.mask_bts, context.positions_bt, train, cache, context.cache_slot)
     y_btd, cache, attention_stats = attention(normed('pre_attention_norm'), valid_bt, *where)
     r_btd = partitioning.shard(r_btd + dropout(y_btd), ACT)
 
@@ -99,33 +103,39 @@ class JetMoE(nn.Module):
 
   @nn.compact
   def decode(
-    self, tokens_bt: Array, positions_bt: Array, mask_bts: Array, cache: dict, cache_slot_b: Array
+    self,
+    tokens_bt: Array,
+    positions_bt: Array,
+    mask_bts: Array,
+    cache: Cache,
+    cache_slot: Array | int,
   ) -> ModelOutput:
-    """Extends cached rows by t tokens; arguments as of OpenMoE.decode."""
-    real_bt1 = (positions_bt >= 0)[..., None]
-    positions = jnp.maximum(positions_bt, 0)
-    context = BlockContext(mask_bts, real_bt1, positions, cache_slot_b)
+    """Extends cached rows by t tokens; see OpenMoE.decode."""
+    context = decode_context(positions_bt, mask_bts, cache_slot)
     return self._run(tokens_bt, context, cache, train=False)
 
-  def _run(self, tokens_bt, context: BlockContext, cache: dict | None, train: bool) -> ModelOutput:
+  def _run(
+    self, tokens_bt: Array, context: BlockContext, cache: Cache | None, train: bool
+  ) -> ModelOutput:
     cfg, dtype = self.config, jnp.dtype(self.config.dtype)
     embed = Embed(cfg.vocab_size, cfg.embed_dim, dtype, cfg.init_std, name='token_embedder')
     dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,), deterministic=not train)
     r_btd = partitioning.shard(dropout(embed(tokens_bt)).astype(jnp.float32), ACT)
-    block = rematerialised(JetMoEBlock, cfg.remat)
-    stack = scanned(block, cfg.num_layers, 'layers', (0, nn.broadcast))(cfg, train, name='decoder')
-    kv = None if cache is None else cache['decoder']
-    r_btd, (kv, stats) = stack(r_btd, kv, context)
+    if cache is None:
+      block = rematerialised(JetMoEBlock, cfg.remat)
+      stack = scanned(block, cfg.num_layers, 'layers', (0, nn.broadcast))
+      r_btd, (_, stats) = stack(cfg, train, name='decoder')(r_btd, None, context)
+    else:
+      block = lambda layer: JetMoEBlock(cfg, train, name=layer_name(layer))
+      calls = [lambda r, kv, i=i: block(i)(r, kv, context) for i in range(cfg.num_layers)]
+      r_btd, cache, stats = unrolled(calls, r_btd, cache)
     # [layers, 2, ...] -> one row a router, attention before MLP.
     stats = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stats)
     hidden = RMSNorm(dtype, final_norm_epsilon(cfg), name='decoder_norm')(r_btd)
     hidden = hidden * context.token_mask_bt1.astype(dtype)
-    cache = None if cache is None else {'decoder': kv}
     return ModelOutput(hidden, embed.table_vd.T, stats, cache)
 
 
-def init_decode_cache(config: ModelConfig, batch: int, length: int) -> dict:
-  """Empty caches for `JetMoE.decode`: {'decoder': [l, b, s, n, h]}."""
-  one = init_cache(batch, length, config.num_heads, config.head_dim, jnp.dtype(config.dtype))
-  stack = lambda x: jnp.zeros((config.num_layers, *x.shape), x.dtype)
-  return {'decoder': jax.tree.map(stack, one)}
+def layer_index(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
+  """Where the parameters of each layer lie in the scanned tree: (path, leading indices)."""
+  return [('decoder', (layer,)) for layer in range(config.num_layers)]

@@ -2,9 +2,16 @@
 
 Layers come in equal groups of p - 1 dense blocks and one sparse block. Groups are scanned, and so
 are the dense blocks inside a group, so the program does not grow with depth.
+
+Decoding is not scanned: every layer has parameters and a cache of its own there (models.unstack).
+A scan would copy the cache of all layers for every token, and the matrices of all experts where
+two are wanted.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -13,7 +20,7 @@ import jax.numpy as jnp
 
 from openmoe import partitioning
 from openmoe.config import ModelConfig, Remat
-from openmoe.layers.attention import Attention, KVCache, init_cache
+from openmoe.layers.attention import Attention, KVCache
 from openmoe.layers.embed import Embed
 from openmoe.layers.mlp import Kernel, Mlp
 from openmoe.layers.moe import MoeLayer
@@ -21,6 +28,7 @@ from openmoe.layers.norm import RMSNorm
 from openmoe.types import Array, Batch, RouterStats
 
 ACT = ('act_batch', 'act_length', 'act_embed')
+Cache = tuple[KVCache, ...]  # one a layer
 
 
 @flax.struct.dataclass
@@ -38,7 +46,7 @@ class ModelOutput:
   hidden_btd: Array
   output_kernel_dv: Array
   router_stats: RouterStats | None
-  cache: dict | None = None
+  cache: Cache | None = None
 
   def logits(self) -> Array:
     """float32 [b, t, v]; for tests and decoding, where few positions are wanted."""
@@ -53,13 +61,19 @@ class BlockContext:
     mask_bts: bool, True where a query may look at a key.
     token_mask_bt1: 1 for real tokens, in the activation dtype; multiplies every block input.
     positions_bt: int32 rotary positions.
-    cache_slot_b: int32 first cache slot to write, or None.
+    cache_slot: int32 scalar, first cache slot to write, or None.
   """
 
   mask_bts: Array
   token_mask_bt1: Array
   positions_bt: Array
-  cache_slot_b: Array | None = None
+  cache_slot: Array | int | None = None
+
+
+def decode_context(positions_bt: Array, mask_bts: Array, cache_slot: Array | int) -> BlockContext:
+  """Of a call that extends cached rows; positions < 0 mark padding."""
+  real_bt1 = (positions_bt >= 0)[..., None]
+  return BlockContext(mask_bts, real_bt1, jnp.maximum(positions_bt, 0), cache_slot)
 
 
 def final_norm_epsilon(config: ModelConfig) -> float:
@@ -140,7 +154,7 @@ class Block(nn.Module):
     )
     x = normed('pre_attention_norm', r_btd)
     mask, positions = context.mask_bts, context.positions_bt
-    y, cache = attention(x, mask, positions, train, cache, context.cache_slot_b)
+    y, cache = attention(x, mask, positions, train, cache, context.cache_slot)
     r_btd = residual(r_btd, y, narrow, train)
 
     x = normed('pre_mlp_norm', r_btd)
@@ -181,6 +195,26 @@ def scanned(module, length: int, axis: str, in_axes):
   )
 
 
+def layer_name(layer: int) -> str:
+  """Of a layer's parameters in the tree of models.unstack."""
+  return f'layer_{layer}'
+
+
+def unrolled(calls: Sequence[Callable], r_btd: Array, cache: Cache) -> tuple[Array, Cache, Any]:
+  """Runs blocks one after the other: (stream, their caches, statistics stacked over routers).
+
+  Args:
+    calls: (stream, cache) -> (stream, (cache, statistics or None)) for every block.
+  """
+  caches, stats = [], []
+  for call, kv in zip(calls, cache, strict=True):
+    r_btd, (kv, seen) = call(r_btd, kv)
+    caches.append(kv)
+    stats += [] if seen is None else [seen]
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *stats) if stats else None
+  return r_btd, tuple(caches), stacked
+
+
 class BlockGroup(nn.Module):
   """The repeating unit: some dense blocks (scanned), then a sparse one if the model has any."""
 
@@ -190,19 +224,18 @@ class BlockGroup(nn.Module):
   train: bool
 
   @nn.compact
-  def __call__(self, r_btd: Array, cache: dict | None, narrow: Array, context: BlockContext):
+  def __call__(self, r_btd: Array, narrow: Array, context: BlockContext):
     cfg, block = self.config, rematerialised(Block, self.config.remat)
-    cache = {} if cache is None else cache
-    new_cache, stats = {}, None
+    stats = None
     if self.num_dense:
       dense = scanned(block, self.num_dense, 'layers', (0, nn.broadcast, nn.broadcast))(
         cfg, sparse=False, train=self.train, name='dense'
       )
-      r_btd, (new_cache['dense'], _) = dense(r_btd, cache.get('dense'), narrow, context)
+      r_btd, _ = dense(r_btd, None, narrow, context)
     if self.sparse:
       sparse = block(cfg, sparse=True, train=self.train, name='sparse')
-      r_btd, (new_cache['sparse'], stats) = sparse(r_btd, cache.get('sparse'), narrow, context)
-    return r_btd, (new_cache, stats)
+      r_btd, (_, stats) = sparse(r_btd, None, narrow, context)
+    return r_btd, stats
 
 
 def group_shape(config: ModelConfig) -> tuple[int, int, bool]:
@@ -229,20 +262,23 @@ class OpenMoE(nn.Module):
 
   @nn.compact
   def decode(
-    self, tokens_bt: Array, positions_bt: Array, mask_bts: Array, cache: dict, cache_slot_b: Array
+    self,
+    tokens_bt: Array,
+    positions_bt: Array,
+    mask_bts: Array,
+    cache: Cache,
+    cache_slot: Array | int,
   ) -> ModelOutput:
-    """Extends cached rows by t tokens.
+    """Extends cached rows by t tokens; parameters are those of models.unstack.
 
     Args:
       tokens_bt: int32; positions < 0 mark padding.
       positions_bt: int32 rotary positions; -1 for padding tokens.
-      mask_bts: bool over the s cache slots.
-      cache: from init_decode_cache or an earlier call.
-      cache_slot_b: int32 [b] first slot to write.
+      mask_bts: bool over the first s cache slots; no query looks at later ones.
+      cache: from models.init_decode_cache or an earlier call.
+      cache_slot: int32 scalar, first slot to write, the same in every row.
     """
-    real_bt1 = (positions_bt >= 0)[..., None]
-    positions = jnp.maximum(positions_bt, 0)
-    context = BlockContext(mask_bts, real_bt1, positions, cache_slot_b)
+    context = decode_context(positions_bt, mask_bts, cache_slot)
     return self._run(tokens_bt, context, cache, train=False)
 
   def _run(self, tokens_bt, context: BlockContext, cache, train: bool) -> ModelOutput:
@@ -254,27 +290,34 @@ class OpenMoE(nn.Module):
     groups, num_dense, sparse = group_shape(cfg)
     if sparse:
       r_btd = r_btd.astype(jnp.promote_types(dtype, jnp.float32))
-    stack = scanned(BlockGroup, groups, 'groups', (0, 0, nn.broadcast))(
-      cfg, num_dense, sparse, train, name='decoder'
-    )
-    first_g = jnp.arange(groups) == 0
-    r_btd, (new_cache, stats) = stack(r_btd, cache, first_g, context)
+    if cache is None:
+      stack = scanned(BlockGroup, groups, 'groups', (0, nn.broadcast))
+      stack = stack(cfg, num_dense, sparse, train, name='decoder')
+      r_btd, stats = stack(r_btd, jnp.arange(groups) == 0, context)
+    else:
+      calls = [self._layer(i, context) for i in range(cfg.num_layers)]
+      r_btd, cache, stats = unrolled(calls, r_btd, cache)
     hidden = dropout(RMSNorm(dtype, final_norm_epsilon(cfg), name='decoder_norm')(r_btd))
     hidden = hidden * context.token_mask_bt1
     init = nn.initializers.variance_scaling(cfg.init_scale, 'fan_in', 'truncated_normal')
     shape, axes = (cfg.embed_dim, cfg.vocab_size), ('embed', 'vocab')
     kernel_dv = Kernel(shape, axes, init, name='logits_dense')()
-    return ModelOutput(hidden, kernel_dv, stats, None if cache is None else new_cache)
+    return ModelOutput(hidden, kernel_dv, stats, cache)
+
+  def _layer(self, layer: int, context: BlockContext) -> Callable:
+    """One block of decoding, for `unrolled`."""
+    cfg = self.config
+    narrow = jnp.asarray(not cfg.num_sparse_layers or layer < cfg.sparse_period)
+    block = lambda: Block(cfg, layer in cfg.sparse_layers, False, name=layer_name(layer))
+    return lambda r_btd, kv: block()(r_btd, kv, narrow, context)
 
 
-def init_decode_cache(config: ModelConfig, batch: int, length: int) -> dict:
-  """Empty caches for `OpenMoE.decode`: {'dense': [g, l, b, s, n, h], 'sparse': [g, b, s, n, h]}."""
+def layer_index(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
+  """Where the parameters of each layer lie in the scanned tree: (path, leading indices)."""
   groups, num_dense, sparse = group_shape(config)
-  one = init_cache(batch, length, config.num_heads, config.head_dim, jnp.dtype(config.dtype))
-  stack = lambda *lead: jax.tree.map(lambda x: jnp.zeros(lead + x.shape, x.dtype), one)
-  cache = {}
-  if num_dense:
-    cache['dense'] = stack(groups, num_dense)
-  if sparse:
-    cache['sparse'] = stack(groups)
-  return cache
+  period, found = num_dense + int(sparse), []
+  for layer in range(groups * period):
+    group, place = divmod(layer, period)
+    is_dense = place < num_dense
+    found.append(('decoder/dense', (group, place)) if is_dense else ('decoder/sparse', (group,)))
+  return found

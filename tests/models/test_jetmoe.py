@@ -1,4 +1,4 @@
-"""JetMoE as a whole: sizes, meshes, packing, generation, classification."""
+"""JetMoE as a whole: sizes, meshes, packing, classification."""
 
 import dataclasses
 import pathlib
@@ -14,7 +14,6 @@ import pytest
 from openmoe import partitioning
 from openmoe.classification import classification_step
 from openmoe.config import ConfigError, MeshConfig, ModelConfig, MoEConfig
-from openmoe.decode import generate
 from openmoe.models import build_model
 from openmoe.models.classifier import SequenceClassifier
 from openmoe.plan import flops_per_token
@@ -121,22 +120,6 @@ def test_packed_examples_do_not_see_each_other():
   # Nor what stands in the padding.
   changed = run(batch.replace(inputs=jnp.where(batch.segment_ids == 0, 5, batch.inputs)))
   np.testing.assert_array_equal(logits, changed)
-
-
-def test_generation_is_greedy_over_the_full_forward_pass():
-  params = init(TINY)
-  prompts, new = [[3, 9, 4], [7]], 3
-  got = generate(params, TINY, prompts, new, eos_id=V)
-  model = jax.jit(lambda b: build_model(TINY).apply({'params': params}, b, False).logits())
-  for prompt, continuation in zip(prompts, got, strict=True):
-    row = [0, *prompt]
-    for token in continuation:
-      tokens = jnp.asarray([row + [0] * (T - len(row))], jnp.int32)
-      ones = (jnp.arange(T) < len(row))[None].astype(jnp.int32)
-      batch = Batch(tokens, tokens, ones.astype(jnp.float32), ones, jnp.arange(T)[None])
-      assert token == int(jnp.argmax(model(batch)[0, len(row) - 1]))
-      row.append(token)
-    assert len(continuation) == new
 
 
 def test_a_classifier_learns():

@@ -33,7 +33,7 @@ from convert.load import load_params
 from convert.sizes import of_form, to_json
 from openmoe.config import ModelConfig
 from openmoe.decode import inference_config
-from openmoe.models import build_model, init_decode_cache
+from openmoe.models import build_model, init_decode_cache, unstack
 from openmoe.types import Batch, PyTree
 
 LIMITS = {'logits': 1e-5, 'cached_decode': 1e-5, 'export_mismatches': 0}
@@ -111,7 +111,7 @@ def full_batch(tokens_bt: np.ndarray) -> Batch:
 def cached_logits(params: PyTree, config: ModelConfig, tokens_bt: np.ndarray) -> np.ndarray:
   """Logits of every position, by a prefill of PREFILL tokens and single steps."""
   config = inference_config(config)
-  model = build_model(config)
+  model, params = build_model(config), unstack(params, config)
   step = jax.jit(lambda *args: _logits_and_cache(model, params, *args))
   b, t = tokens_bt.shape
   cache, parts = init_decode_cache(config, b, t), []
@@ -119,8 +119,7 @@ def cached_logits(params: PyTree, config: ModelConfig, tokens_bt: np.ndarray) ->
   for start, end in zip([0, *ends], ends, strict=False):
     positions = jnp.broadcast_to(jnp.arange(start, end), (b, end - start))
     mask = jnp.arange(t) <= positions[..., None]
-    slot = jnp.full((b,), start, jnp.int32)
-    logits, cache = step(jnp.asarray(tokens_bt[:, start:end]), positions, mask, cache, slot)
+    logits, cache = step(jnp.asarray(tokens_bt[:, start:end]), positions, mask, cache, start)
     parts.append(np.asarray(logits))
   return np.concatenate(parts, axis=1)
 

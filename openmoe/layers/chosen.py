@@ -1,0 +1,114 @@
+"""Experts for a handful of tokens, as when decoding: only the matrices of chosen experts are read.
+
+One step of decoding is bound by reading weights, so experts that nobody chose are passed over.
+There is no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from openmoe import partitioning
+from openmoe.layers.experts import PerExpert, at_expert
+from openmoe.types import Array, PyTree, Routing
+
+MOST_TOKENS = 16  # of a device; from there on sorted rows are as fast (docs/LOG.md)
+FEW = 4  # rows that a CPU multiplies in the time of one: reading the matrix is what takes long
+
+
+def pays(routing: Routing, weights: PyTree) -> bool:
+  """Whether to compute this way here; weights are those of one device."""
+  g, t, _ = routing.expert_index_gtk.shape
+  if partitioning.partitions('expert') > 1:
+    return False
+  return g * t == 1 or (g * t <= MOST_TOKENS and bool(_split(weights)))
+
+
+def _split(weights: PyTree) -> list[PerExpert]:
+  is_split = lambda x: isinstance(x, PerExpert)
+  return [leaf for leaf in jax.tree.leaves(weights, is_leaf=is_split) if is_split(leaf)]
+
+
+def through_chosen(
+  compute: Callable, x: Array, weights: PyTree, routing: Routing, combine: bool
+) -> Array:
+  """As transport.through_experts, on one device.
+
+  Args:
+    compute: see transport.Compute; gets one expert's weights and a buffer of rows.
+    x: [g, t, d], or [g, t, k, d] with a row per choice.
+  """
+  g, t, k = routing.expert_index_gtk.shape
+  expert_nk = jnp.where(routing.slot_gtk >= 0, routing.expert_index_gtk, -1).reshape(g * t, k)
+  weight_nk = routing.combine_weights_gtk.reshape(g * t, k)
+  rows = x.reshape(g * t, *x.shape[2:])
+
+  def one(weights: PyTree, rows_ni: Array) -> Array:
+    return compute(jax.tree.map(lambda w: w[None], weights), rows_ni[None], None)[0]
+
+  run = _one_token if g * t == 1 else _several_tokens
+  y = run(one, rows, expert_nk, weight_nk, weights, combine, x.ndim == 3)
+  return y.reshape(g, t, -1) if combine else y.reshape(g, t, k, -1)
+
+
+def _one_token(one, rows, expert_1k, weight_1k, weights, combine: bool, shared: bool) -> Array:
+  """Its k experts one after the other."""
+  k = expert_1k.shape[1]
+
+  def output(choice: Array | int) -> Array:
+    row_1i = rows if shared else jax.lax.dynamic_index_in_dim(rows, choice, axis=1, keepdims=False)
+    expert = expert_1k[0, choice]
+    return jnp.where(expert >= 0, at_expert(one, weights, jnp.maximum(expert, 0), row_1i), 0)
+
+  like = jax.eval_shape(output, 0)
+  zeros = lambda *shape: partitioning.varying(jnp.zeros((*shape, like.shape[-1]), like.dtype))
+  # A loop and no list: every call of at_expert is as many programs as there are experts.
+  if combine:
+    add = lambda j, y: y + weight_1k[:, j, None] * output(j).astype(jnp.float32)
+    return jax.lax.fori_loop(0, k, add, zeros(1).astype(jnp.float32))
+  put = lambda j, y: jax.lax.dynamic_update_slice_in_dim(y, output(j)[:, None], j, axis=1)
+  return jax.lax.fori_loop(0, k, put, zeros(1, k))
+
+
+def _several_tokens(one, rows, expert_nk, weight_nk, weights, combine: bool, shared: bool) -> Array:
+  """Every expert that a token chose, FEW tokens at a time; the others are passed over."""
+  n = expert_nk.shape[0]
+  experts_e = jnp.arange(_split(weights)[0].shape[0])
+  chosen_enk = expert_nk == experts_e[:, None, None]
+  chosen_en = jnp.any(chosen_enk, axis=-1)
+  count_e = jnp.sum(chosen_en, axis=-1)
+  # Each expert's own tokens first; the end is filled up so that every slice is a whole one.
+  order_en = jnp.pad(jnp.argsort(~chosen_en, axis=-1, stable=True), ((0, 0), (0, -n % FEW)))
+
+  def step(expert: int, i: Array, y: Array) -> Array:
+    token_m = jax.lax.dynamic_slice_in_dim(order_en[expert], i * FEW, FEW)
+    real_m = jnp.arange(FEW) + i * FEW < count_e[expert]
+    chosen_mk = chosen_enk[expert][token_m] & real_m[:, None]
+    x = rows[token_m]
+    # A token chooses an expert once at most, so of its k rows one is taken.
+    rows_mi = x if shared else jnp.sum(jnp.where(chosen_mk[..., None], x, 0), axis=1)
+    pick = lambda w: w.arrays[expert]
+    y_mo = one(jax.tree.map(pick, weights, is_leaf=lambda w: isinstance(w, PerExpert)), rows_mi)
+    # Home by a small product: a scatter is a slow loop on CPUs.
+    home_mnk = chosen_mk[:, None] & (token_m[:, None] == jnp.arange(n))[..., None]
+    if combine:
+      weight_mn = jnp.sum(jnp.where(home_mnk, weight_nk, 0), axis=2)
+      return y + weight_mn.T @ y_mo.astype(jnp.float32)
+    return y + jnp.einsum('mnk,mo->nko', home_mnk.astype(y_mo.dtype), y_mo)
+
+  like = jax.eval_shape(lambda: one_output(one, rows, weights, shared))
+  shape = (n, like.shape[-1]) if combine else (*expert_nk.shape, like.shape[-1])
+  y = partitioning.varying(jnp.zeros(shape, jnp.float32 if combine else like.dtype))
+  for expert in range(experts_e.size):
+    trips = -(-count_e[expert] // FEW)
+    y = jax.lax.fori_loop(0, trips, lambda i, y, e=expert: step(e, i, y), y)
+  return y
+
+
+def one_output(one, rows: Array, weights: PyTree, shared: bool) -> Array:
+  """For the shape of an expert's output."""
+  first = jax.tree.map(lambda w: w.arrays[0], weights, is_leaf=lambda w: isinstance(w, PerExpert))
+  return one(first, rows if shared else rows[:, 0])

@@ -1,0 +1,69 @@
+"""Few tokens read the matrices of their own experts only, split by expert or not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from openmoe.config import MoEConfig
+from openmoe.layers.experts import PerExpert, at_expert, split_axes
+from openmoe.layers.grouped import Kernel, grouped_matmul
+from openmoe.layers.router import route
+from openmoe.layers.transport import through_experts
+
+E, K, D, O = 6, 2, 8, 12  # noqa: E741 (o is the output axis)
+AXES = ('act_group', None, None)
+
+
+def compute(kernel, rows, segments):
+  if segments is None:
+    return jnp.einsum('eri,eio->ero', rows, kernel)
+  return grouped_matmul(rows, kernel, segments)
+
+
+@pytest.mark.parametrize('tokens', [1, 3, 11, 40])
+@pytest.mark.parametrize('form', ['queries', 'outputs', 'mlp'])
+def test_equals_a_loop_and_reads_no_other_expert(tokens, form):
+  rng = np.random.default_rng(tokens)
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  shared, combine = form != 'outputs', form != 'queries'
+  x = normal(tokens, 1, D) if shared else normal(tokens, 1, K, D)
+  config = MoEConfig(E, K, dispatch='chosen', ignore_padding=True)
+  # Nobody chooses the last two; the first token is padding where there are others.
+  logits = normal(tokens, 1, E) - 100.0 * (np.arange(E) >= E - 2)
+  valid = np.ones((tokens, 1), bool)
+  valid[0] = tokens == 1
+  routing = route(jnp.asarray(logits), jnp.asarray(valid), config, None)
+  kernel = normal(E, D, O)
+
+  want = np.zeros((tokens, O) if combine else (tokens, K, O), np.float32)
+  for n in range(tokens):
+    for j in range(K) if valid[n, 0] else ():
+      row = x[n, 0] if shared else x[n, 0, j]
+      y = row @ kernel[routing.expert_index_gtk[n, 0, j]]
+      if combine:
+        want[n] += routing.combine_weights_gtk[n, 0, j] * y
+      else:
+        want[n, j] = y
+
+  unread = jnp.asarray(kernel).at[E - 2 :].set(jnp.nan)
+  run = jax.jit(
+    lambda weights: through_experts(
+      compute, jnp.asarray(x), weights, routing, config, None, kernel=Kernel.BLOCKED,
+      in_axes=AXES, weight_axes=('expert', None, None), out_axes=AXES, combine=combine,
+    )
+  )  # fmt: skip
+  for weights in (unread, PerExpert(tuple(unread))):
+    np.testing.assert_allclose(np.asarray(run(weights)).reshape(want.shape), want, atol=1e-5)
+
+
+def test_stacks_and_arrays_by_expert_are_used_alike():
+  stack = jnp.arange(6.0).reshape(3, 2)
+  split = PerExpert(tuple(stack))
+  assert split.shape == stack.shape
+  assert split.astype(jnp.bfloat16).dtype == jnp.bfloat16
+  for expert in range(3):
+    for weights in (stack, split):
+      got = at_expert(lambda w, x: w + x, weights, jnp.int32(expert), 1.0)
+      np.testing.assert_array_equal(got, stack[expert] + 1)
+  assert split_axes({'a': split}, {'a': ('expert', 'embed')}) == {'a': PerExpert((('embed',),) * 3)}
