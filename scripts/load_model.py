@@ -34,7 +34,7 @@ from openmoe.models import unstack
 from openmoe.placement import cast, inference_mesh, splits_experts
 from openmoe.programme import Programme
 from openmoe.run_record import CONFIG
-from openmoe.train_state import abstract_params
+from openmoe.train_state import abstract_params, identity
 from openmoe.types import PyTree
 from scripts import gin_flags
 from scripts.tokenizers import TextTokenizer
@@ -163,7 +163,6 @@ def _open_run(path: epath.Path, vocabulary: str | None) -> _Found:
       f'{path} is no run directory with checkpoints, no checkpoint_STEP and no Hugging Face folder '
       f'({error}).'
     ) from error
-  identity = form.sizes()
   if (run / CONFIG).exists():
     config, own_vocabulary, row_length = _read_run(run / CONFIG, with_vocabulary=not vocabulary)
   else:
@@ -179,7 +178,7 @@ def _open_run(path: epath.Path, vocabulary: str | None) -> _Found:
     if mesh is not None:
       place = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
       shapes = jax.tree.map(place, shapes, _shardings(config, mesh))
-    reader = Checkpointer(run, 1, identity, read_only=True)
+    reader = Checkpointer(run, 1, identity(config), read_only=True)
     try:
       step = int(named[1]) if named else reader.latest_step()
       return dict(reader.restore_params(step, shapes))
