@@ -20,7 +20,7 @@ from scripts import quiet
 quiet.import_tensorflow()
 
 import jax
-from absl import app, flags, logging
+from absl import app, logging
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -32,13 +32,11 @@ from openmoe import evaluate as evaluate_lib
 from openmoe import results
 from openmoe.checkpoint import CheckpointError
 from openmoe.config import ConfigError, ModelConfig
-from scripts import gin_flags
+from scripts import gin_flags, processes
 from tasks.evaluation import catalogue
 
 EXIT_USAGE = 64
 _WIDE = 110  # columns of a terminal that takes the whole table
-
-_MULTI = flags.DEFINE_bool('multiprocess', False, 'One of several processes of a run.')
 
 
 class TerminalDisplay:
@@ -178,8 +176,7 @@ def main(argv: list[str]) -> int:
     raise app.UsageError(f'Unknown arguments: {argv[1:]}')
   logging.set_verbosity(logging.ERROR)
   try:
-    if _MULTI.value:
-      jax.distributed.initialize()
+    processes.join()
     gin_flags.parse()
     bound = gin_flags.bindings('evaluate.EvaluationConfig')
     run(evaluate_lib.EvaluationConfig(**bound))

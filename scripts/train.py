@@ -26,7 +26,7 @@ from absl import app, flags, logging
 from openmoe import train as train_lib
 from openmoe.checkpoint import CheckpointError
 from openmoe.config import ConfigError
-from scripts import gin_flags
+from scripts import gin_flags, processes
 
 EXIT_USAGE, EXIT_DIVERGED, EXIT_STOPPED = 64, 65, 75
 
@@ -35,12 +35,6 @@ _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Print counts, shardings and byte
 _DEVICES = flags.DEFINE_integer(
   'dry_run_devices', None, 'Plan for so many devices; default: those here.'
 )
-_MULTI = flags.DEFINE_bool('multiprocess', False, 'One of several processes of a run.')
-_ADDRESS = flags.DEFINE_string(
-  'coordinator_address', None, 'host:port of process 0; found by itself on TPU VMs and SLURM.'
-)
-_COUNT = flags.DEFINE_integer('process_count', None, 'Number of processes.')
-_INDEX = flags.DEFINE_integer('process_index', None, 'Number of this process.')
 
 
 def configure() -> dict:
@@ -65,8 +59,8 @@ def main(argv: list[str]) -> int:
     raise app.UsageError(f'Unknown arguments: {argv[1:]}')
   logging.set_verbosity(logging.WARNING)
   try:
-    if _MULTI.value and not _DRY_RUN.value:
-      jax.distributed.initialize(_ADDRESS.value, _COUNT.value, _INDEX.value)
+    if not _DRY_RUN.value:
+      processes.join()
     arguments = configure()
     if _DRY_RUN.value:
       from scripts import dry_run

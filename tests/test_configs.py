@@ -17,6 +17,7 @@ from openmoe.config import (
   TrainConfig,
 )
 from openmoe.plan import abstract_mesh, flops_per_token, make_plan
+from openmoe.programme import as_programme
 from openmoe.train import check
 from openmoe.train_state import (
   abstract_params,
@@ -115,7 +116,7 @@ def test_what_the_mesh_cannot_split_is_refused(changes, words):
   model, data, mesh = _run_config(**changes)
   run = TrainConfig('somewhere', total_steps=1)
   with pytest.raises(ConfigError) as error:
-    check(run, model, data, None, abstract_mesh(mesh, 8))
+    check(run, model, OptimizerConfig(), as_programme(data, 1), None, abstract_mesh(mesh, 8))
   assert all(word in str(error.value) for word in words), error.value
 
 
@@ -123,7 +124,7 @@ def test_batch_must_divide():
   model, data, mesh = _run_config(batch_size=24)
   run = TrainConfig('somewhere', total_steps=1, num_microbatches=2)
   with pytest.raises(ConfigError, match=r'batch_size=24 .* 16; the next that fits is 32'):
-    check(run, model, data, None, abstract_mesh(mesh, 8))
+    check(run, model, OptimizerConfig(), as_programme(data, 1), None, abstract_mesh(mesh, 8))
 
 
 @pytest.mark.parametrize(
