@@ -6,6 +6,7 @@ There is no gradient.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,8 +16,7 @@ from openmoe import partitioning
 from openmoe.layers.experts import PerExpert, at_expert
 from openmoe.types import Array, PyTree, Routing
 
-MOST_TOKENS = 16  # of a device; from there on sorted rows are as fast (docs/LOG.md)
-FEW = 4  # rows that a CPU multiplies in the time of one: reading the matrix is what takes long
+MOST_TOKENS = 8  # of a device; from there on sorted rows waste less
 
 
 def pays(routing: Routing, weights: PyTree) -> bool:
@@ -74,38 +74,27 @@ def _one_token(one, rows, expert_1k, weight_1k, weights, combine: bool, shared: 
 
 
 def _several_tokens(one, rows, expert_nk, weight_nk, weights, combine: bool, shared: bool) -> Array:
-  """Every expert that a token chose, FEW tokens at a time; the others are passed over."""
+  """Every expert that a token chose, for all tokens at once; the others are passed over."""
   n = expert_nk.shape[0]
-  experts_e = jnp.arange(_split(weights)[0].shape[0])
-  chosen_enk = expert_nk == experts_e[:, None, None]
-  chosen_en = jnp.any(chosen_enk, axis=-1)
-  count_e = jnp.sum(chosen_en, axis=-1)
-  # Each expert's own tokens first; the end is filled up so that every slice is a whole one.
-  order_en = jnp.pad(jnp.argsort(~chosen_en, axis=-1, stable=True), ((0, 0), (0, -n % FEW)))
-
-  def step(expert: int, i: Array, y: Array) -> Array:
-    token_m = jax.lax.dynamic_slice_in_dim(order_en[expert], i * FEW, FEW)
-    real_m = jnp.arange(FEW) + i * FEW < count_e[expert]
-    chosen_mk = chosen_enk[expert][token_m] & real_m[:, None]
-    x = rows[token_m]
-    # A token chooses an expert once at most, so of its k rows one is taken.
-    rows_mi = x if shared else jnp.sum(jnp.where(chosen_mk[..., None], x, 0), axis=1)
-    pick = lambda w: w.arrays[expert]
-    y_mo = one(jax.tree.map(pick, weights, is_leaf=lambda w: isinstance(w, PerExpert)), rows_mi)
-    # Home by a small product: a scatter is a slow loop on CPUs.
-    home_mnk = chosen_mk[:, None] & (token_m[:, None] == jnp.arange(n))[..., None]
-    if combine:
-      weight_mn = jnp.sum(jnp.where(home_mnk, weight_nk, 0), axis=2)
-      return y + weight_mn.T @ y_mo.astype(jnp.float32)
-    return y + jnp.einsum('mnk,mo->nko', home_mnk.astype(y_mo.dtype), y_mo)
-
+  is_split = lambda w: isinstance(w, PerExpert)
   like = jax.eval_shape(lambda: one_output(one, rows, weights, shared))
   shape = (n, like.shape[-1]) if combine else (*expert_nk.shape, like.shape[-1])
   y = partitioning.varying(jnp.zeros(shape, jnp.float32 if combine else like.dtype))
-  for expert in range(experts_e.size):
-    trips = -(-count_e[expert] // FEW)
-    y = jax.lax.fori_loop(0, trips, lambda i, y, e=expert: step(e, i, y), y)
-  return y
+  ys = []
+  for expert in range(_split(weights)[0].shape[0]):
+    chosen_nk = expert_nk == expert
+
+    def output(chosen_nk=chosen_nk, expert=expert) -> Array:
+      mine = jax.tree.map(lambda w: w.arrays[expert], weights, is_leaf=is_split)
+      x_ni = rows if shared else jnp.sum(jnp.where(chosen_nk[..., None], rows, 0), axis=1)
+      y_no = one(mine, x_ni)
+      if combine:
+        weight_n = jnp.sum(jnp.where(chosen_nk, weight_nk, 0), axis=1)
+        return weight_n[:, None] * y_no.astype(jnp.float32)
+      return jnp.where(chosen_nk[..., None], y_no[:, None], 0).astype(y.dtype)
+
+    ys.append(jax.lax.cond(jnp.any(chosen_nk), output, lambda: y))
+  return functools.reduce(jnp.add, ys)
 
 
 def one_output(one, rows: Array, weights: PyTree, shared: bool) -> Array:
