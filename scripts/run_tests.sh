@@ -25,5 +25,6 @@ workers="${OPENMOE_TEST_WORKERS:-$((cores < 4 ? cores : 4))}"
   "$BIN/ruff" format --check . >&2 || true
   exit 1
 }
-# A file stays in one process (loadfile), so what its tests share is compiled once.
-exec "$BIN/python" -m pytest -n "$workers" --dist loadfile "$@"
+# A file stays in one process (loadfile), so what its tests share is compiled once; tests/conftest.py
+# says which begin first.
+exec "$BIN/python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"

@@ -26,3 +26,19 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='openmoe-compiled-')
   atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+
+# The longest files begin first: a file stays in one process, and the last to begin is waited for.
+_LONGEST = (
+  'tests/test_train.py',
+  'tests/test_train_step.py',
+  'tests/layers/test_moe.py',
+  'tests/models/test_jetmoe.py',
+  'tests/inference/test_decode.py',
+  'tests/test_models.py',
+  'tests/parity/test_flaxformer.py',
+)
+
+
+def pytest_collection_modifyitems(items):
+  place = lambda item: item.nodeid.split('::')[0]
+  items.sort(key=lambda i: _LONGEST.index(place(i)) if place(i) in _LONGEST else len(_LONGEST))

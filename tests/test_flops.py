@@ -22,6 +22,7 @@ def test_loops_count_as_often_as_they_run():
     executed_flops(lambda a: jax.lax.scan(lambda c, _: (c @ c, None), a[:, :4], None, 2)[0], a)
 
 
+@pytest.mark.slow
 def test_dropless_executes_what_the_model_needs():
   for kind, factor in (('forward', 1), ('forward_backward', 3)):
     fn, args = moe_layer.programs('A', ['dropless'])[kind]['dropless']
