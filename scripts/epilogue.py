@@ -40,6 +40,7 @@ def show(result: Result, arguments: dict) -> None:
 Pictures: {run.model_dir}/loss.png, {run.model_dir}/experts.png
 Next:
   tensorboard --logdir {run.model_dir}/tensorboard
+  CHECKPOINT={run.model_dir} bash scripts/run_eval.sh
   OBJECTIVE=full_lm MODEL_DIR={run.model_dir}_full_lm bash scripts/run_pretrain.sh
   bash scripts/run_pretrain.sh --gin.TRAIN_STEPS={2 * result.step}
   MODEL=openmoe_8b EXPERIMENT=openmoe_8b bash scripts/run_pretrain.sh \\
