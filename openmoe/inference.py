@@ -25,7 +25,7 @@ from openmoe.chat import OPENMOE, ChatTemplate, Messages
 from openmoe.config import ConfigError, ModelConfig
 from openmoe.decode import Drops, Sampling, State, bucket, extend, inference_config, start
 from openmoe.models import unstack
-from openmoe.placement import cast, fingerprint, splits_experts
+from openmoe.placement import cast, fingerprint, splits_experts, turn_experts
 from openmoe.scoring import score
 from openmoe.types import PyTree
 
@@ -146,7 +146,8 @@ class LanguageModel:
     if not unstacked:
       params = unstack(params, config, splits_experts(mesh, capacity))
     with self._on_mesh():
-      self.params = jax.tree.map(jnp.asarray, cast(params, config))
+      params = jax.tree.map(jnp.asarray, cast(params, config))
+      self.params = params if mesh is not None else turn_experts(params, config)
 
   def _on_mesh(self):
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

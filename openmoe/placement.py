@@ -13,8 +13,11 @@ from jax.experimental import multihost_utils
 
 from openmoe import partitioning
 from openmoe.config import MeshConfig, ModelConfig
+from openmoe.layers.experts import TURNED, split_name, turn
 from openmoe.models import is_expert_kernel
 from openmoe.types import PyTree
+
+TURNED_BYTES = 1 << 30  # of all copies; large experts gain little from them
 
 
 def inference_mesh(
@@ -50,6 +53,19 @@ def splits_experts(mesh: jax.sharding.Mesh | None, capacity: bool) -> bool:
   return jax.default_backend() == 'cpu' and whole and not capacity
 
 
+def turn_experts(params: PyTree, config: ModelConfig) -> PyTree:
+  """Adds all experts of a kernel turned, if they are split and their copies stay small."""
+  flat = flax.traverse_util.flatten_dict(params, sep='/')
+  first = f'/{split_name(0)}'
+  heads = [path.removesuffix(first) for path in flat if path.endswith(first)]
+  arrays = {h: [flat[f'{h}/{split_name(e)}'] for e in range(config.moe.num_experts)] for h in heads}
+  if sum(x.nbytes for kernels in arrays.values() for x in kernels) > TURNED_BYTES:
+    return params
+  for head, kernels in arrays.items():
+    flat[f'{head}/{TURNED}'] = turn(kernels, sums=head.endswith(('/wo', '/out')))
+  return flax.traverse_util.unflatten_dict(flat, sep='/')
+
+
 def cast(params: PyTree, config: ModelConfig) -> PyTree:
   """Kernels of the layers in the dtype in which the layers use them; the rest stays float32.
 
@@ -71,6 +87,8 @@ def fingerprint(config: ModelConfig, params: PyTree) -> str:
   pieces: list[tuple[str, int, jax.Array]] = []
   for path, leaf in flax.traverse_util.flatten_dict(params, sep='/').items():
     stem, _, expert = path.rpartition('_')
+    if path.endswith(f'/{TURNED}'):
+      continue  # a copy
     if is_expert_kernel(path, config):
       pieces += [(path, e, leaf[e]) for e in range(leaf.shape[0])]
     elif stem.endswith('/kernel'):

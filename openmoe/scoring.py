@@ -37,7 +37,7 @@ def _continued(
 ):
   """Reads t tokens behind cached contexts: (hidden [r, t, d], statistics)."""
   r, t = tokens_rt.shape
-  first = cache[0].key.shape[2] - t  # slots of the contexts
+  first = cache[0].value.shape[2] - t  # slots of the contexts
   slot_s, place_t = jnp.arange(first + t), jnp.arange(t)
   real_rt = place_t < count_r[:, None]
   context_rs = slot_s < length_r[:, None]
@@ -99,7 +99,7 @@ def score(
     given = (cache, length_c[context_r], targets_rn[:, :-1], fed_r)
     more_rtd, stats = _continued(params, config, *given)
     hidden_rnd = jnp.concatenate([hidden_rnd, more_rtd], axis=1)
-    drops = drops.add(stats, jnp.sum(fed_r))
+    drops = drops.add(config, stats, jnp.sum(fed_r))
   flat = hidden_rnd.reshape(r * n, -1)
   log_probs, greedy = _judge(flat, read.kernel_dv, targets_rn.reshape(-1))
   real_rn = jnp.arange(n) < count_r[:, None]

@@ -21,10 +21,10 @@ MASKED = -1e10  # the original's bias; a row with no allowed key becomes uniform
 
 @flax.struct.dataclass
 class KVCache:
-  """Rotated keys and values of one attention layer, both [b, n, s, h].
+  """Rotated keys [b, n, h, s] and values [b, n, s, h] of one attention layer.
 
-  Heads stand before slots, the order in which the products want them: a step of decoding then
-  reads the cache where it lies.
+  The order in which the products want them: a step of decoding then reads the cache where it lies
+  (docs/LOG.md).
   """
 
   key: Array
@@ -33,9 +33,12 @@ class KVCache:
 
 def init_cache(batch: int, length: int, heads: int, head_dim: int, dtype: jnp.dtype) -> KVCache:
   """An empty cache of `length` slots a row."""
-  zeros = jnp.zeros((batch, heads, length, head_dim), dtype)
-  zeros = partitioning.shard(zeros, ('act_batch', 'act_heads', None, None))
-  return KVCache(key=zeros, value=zeros)
+
+  def zeros(*sides: int) -> Array:
+    axes = ('act_batch', 'act_heads', None, None)
+    return partitioning.shard(jnp.zeros((batch, heads, *sides), dtype), axes)
+
+  return KVCache(key=zeros(head_dim, length), value=zeros(length, head_dim))
 
 
 def write_cache(cache: KVCache, key_btnh: Array, value_btnh: Array, slot: Array | int) -> KVCache:
@@ -45,11 +48,13 @@ def write_cache(cache: KVCache, key_btnh: Array, value_btnh: Array, slot: Array 
   would be a scatter.
   """
 
-  def write(old_bnsh: Array, new_btnh: Array) -> Array:
-    new_bnth = new_btnh.swapaxes(1, 2).astype(old_bnsh.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(old_bnsh, new_bnth, slot, axis=2)
+  def write(old: Array, new: Array, axis: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis)
 
-  return KVCache(key=write(cache.key, key_btnh), value=write(cache.value, value_btnh))
+  return KVCache(
+    key=write(cache.key, key_btnh.transpose(0, 2, 3, 1), axis=3),
+    value=write(cache.value, value_btnh.transpose(0, 2, 1, 3), axis=2),
+  )
 
 
 def attend_cached(
@@ -64,9 +69,9 @@ def attend_cached(
   """
   b, t, k, n, h = query_btknh.shape
   slots = mask_bts.shape[-1]
-  key, value = (x[:, :, :slots] for x in (cache.key, cache.value))
+  key, value = cache.key[..., :slots], cache.value[:, :, :slots]
   query_bnqh = query_btknh.transpose(0, 3, 1, 2, 4).reshape(b, n, t * k, h)
-  logits_bnqs = jnp.einsum('bnqh,bnsh->bnqs', query_bnqh, key.astype(query_btknh.dtype)) * scale
+  logits_bnqs = jnp.einsum('bnqh,bnhs->bnqs', query_bnqh, key.astype(query_btknh.dtype)) * scale
   logits_bntks = logits_bnqs.reshape(b, n, t, k, slots).astype(softmax_dtype)
   bias = jnp.where(mask_bts[:, None, :, None], 0.0, MASKED).astype(softmax_dtype)
   probs_bnqs = jax.nn.softmax(logits_bntks + bias, axis=-1).reshape(b, n, t * k, slots)

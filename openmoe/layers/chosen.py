@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from openmoe import partitioning
-from openmoe.layers.experts import PerExpert, at_expert
+from openmoe.layers.experts import FromAll, PerExpert, ToAll, at_expert
 from openmoe.types import Array, PyTree, Routing
 
-MOST_TOKENS = 8  # of a device; from there on sorted rows waste less
+# Tokens of a device; with more of them sorted rows waste less. Measured, docs/LOG.md.
+MOST_TOKENS = 8
+MOST_TOKENS_TURNED = 16
 
 
 def pays(routing: Routing, weights: PyTree) -> bool:
@@ -24,6 +26,8 @@ def pays(routing: Routing, weights: PyTree) -> bool:
   g, t, _ = routing.expert_index_gtk.shape
   if partitioning.partitions('expert') > 1:
     return False
+  if _all_pay(routing, weights):
+    return True
   return g * t == 1 or (g * t <= MOST_TOKENS and bool(_split(weights)))
 
 
@@ -49,8 +53,11 @@ def through_chosen(
   def one(weights: PyTree, rows_ni: Array) -> Array:
     return compute(jax.tree.map(lambda w: w[None], weights), rows_ni[None], None)[0]
 
-  run = _one_token if g * t == 1 else _several_tokens
-  y = run(one, rows, expert_nk, weight_nk, weights, combine, x.ndim == 3)
+  rest = rows, expert_nk, weight_nk, weights, combine, x.ndim == 3
+  if _all_pay(routing, weights):
+    y = _all_experts(compute, *rest)
+  else:
+    y = (_one_token if g * t == 1 else _several_tokens)(one, *rest)
   return y.reshape(g, t, -1) if combine else y.reshape(g, t, k, -1)
 
 
@@ -95,6 +102,32 @@ def _several_tokens(one, rows, expert_nk, weight_nk, weights, combine: bool, sha
 
     ys.append(jax.lax.cond(jnp.any(chosen_nk), output, lambda: y))
   return functools.reduce(jnp.add, ys)
+
+
+def _all_pay(routing: Routing, weights: PyTree) -> bool:
+  """Whether nearly all experts will be chosen anyway, and lie turned."""
+  g, t, k = routing.expert_index_gtk.shape
+  split = _split(weights)
+  turned = bool(split) and all(w.turned is not None for w in split)
+  return turned and 1 < g * t <= MOST_TOKENS_TURNED and g * t * k >= split[0].shape[0]
+
+
+def _all_experts(compute, rows, expert_nk, weight_nk, weights, combine: bool, shared: bool):
+  """Every expert for all tokens, in one product each; see experts.times."""
+  is_split = lambda w: isinstance(w, PerExpert)
+  experts = _split(weights)[0].shape[0]
+  chosen_enk = expert_nk == jnp.arange(experts)[:, None, None]
+  weight_en = jnp.sum(jnp.where(chosen_enk, weight_nk, 0), axis=2)
+  all_of = lambda w: FromAll(w.turned, weight_en) if w.sums else ToAll(w.turned)
+  kernels = jax.tree.map(lambda w: all_of(w) if is_split(w) else w, weights, is_leaf=is_split)
+  if shared:
+    rows_eni = rows[None]
+  else:
+    rows_eni = jnp.sum(jnp.where(chosen_enk[..., None], rows, 0), axis=2)
+  y_eno = compute(kernels, rows_eni, None)
+  if combine:
+    return y_eno[0].astype(jnp.float32)
+  return jnp.sum(jnp.where(chosen_enk[..., None], y_eno[:, :, None], 0), axis=0)
 
 
 def one_output(one, rows: Array, weights: PyTree, shared: bool) -> Array:

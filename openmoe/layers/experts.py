@@ -2,12 +2,13 @@
 
 Training holds a stack [e, i, o]. On a CPU XLA copies what it slices from a stack before it
 multiplies, which costs a step of decoding ten times the reading; so there every expert has arrays
-of its own, and the one that is wanted is chosen by a branch (docs/LOG.md).
+of its own, and the one that is wanted is chosen by a branch (docs/LOG.md). Small experts lie there
+once more, turned, for steps whose rows choose nearly all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import flax.struct
@@ -19,9 +20,17 @@ from openmoe.types import Array, PyTree
 
 @flax.struct.dataclass
 class PerExpert:
-  """What stands for a stack [e, ...] whose slices are separate arrays."""
+  """What stands for a stack [e, i, ...] whose slices are separate arrays.
+
+  Attributes:
+    arrays: of the experts.
+    turned: optionally all of them again, for `times`: [e, ..., i], or [o, e, i] where sums.
+    sums: whether what comes out is summed over experts, as of an output projection.
+  """
 
   arrays: tuple[Array, ...]
+  turned: Array | None = None
+  sums: bool = flax.struct.field(default=False, pytree_node=False)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -32,7 +41,7 @@ class PerExpert:
     return self.arrays[0].dtype
 
   def astype(self, dtype: jnp.dtype) -> PerExpert:
-    return PerExpert(tuple(x.astype(dtype) for x in self.arrays))
+    return jax.tree.map(lambda x: x.astype(dtype), self)
 
   def reshape(self, experts: int, *shape: int) -> PerExpert:
     assert experts == len(self.arrays)
@@ -40,6 +49,7 @@ class PerExpert:
 
 
 Stack = Array | PerExpert
+TURNED = 'kernel_turned'  # parameter
 
 
 def _is_split(x) -> bool:
@@ -51,7 +61,9 @@ def split_axes(weights: PyTree, axes: PyTree) -> PyTree:
   is_axes = lambda a: isinstance(a, tuple) and all(x is None or isinstance(x, str) for x in a)
 
   def one(axes: tuple, weight: Stack):
-    return PerExpert((axes[1:],) * len(weight.arrays)) if _is_split(weight) else axes
+    if not _is_split(weight):
+      return axes
+    return PerExpert((axes[1:],) * len(weight.arrays), sums=weight.sums)
 
   return jax.tree.map(one, axes, weights, is_leaf=is_axes)
 
@@ -72,8 +84,54 @@ def at_expert(fn: Callable, weights: PyTree, expert: Array, *args):
   return jax.lax.switch(expert, branches, *args)
 
 
+@flax.struct.dataclass
+class ToAll:
+  """Kernels of all experts for rows that they share, [e, ..., i]."""
+
+  array: Array
+
+
+@flax.struct.dataclass
+class FromAll:
+  """Kernels of all experts whose outputs are weighted and summed.
+
+  Attributes:
+    array: [o, e, i].
+    weight_en: float32 weight of a row's output, 0 where the row did not choose the expert.
+  """
+
+  array: Array
+  weight_en: Array
+
+
+def times(rows_eri: Array, kernel: Array | ToAll | FromAll) -> Array:
+  """Each expert's rows times its kernel, [e, r, i] -> [e, r, ...].
+
+  ToAll takes rows [1, r, i]; FromAll gives them. Those are for few rows on a CPU: one product for
+  all experts, with the kernels on the left, because XLA's library packs the right side first. The
+  barriers keep it from computing activations inside products, element by element (docs/LOG.md).
+  """
+  flat = lambda array, rows: jax.lax.dot_general(array, barrier(rows), (((1,), (1,)), ((), ())))
+  barrier = jax.lax.optimization_barrier
+  match kernel:
+    case ToAll(array):
+      i, r = array.shape[-1], rows_eri.shape[1]
+      product = barrier(flat(array.reshape(-1, i), rows_eri[0]))
+      return jnp.moveaxis(product.reshape(*array.shape[:-1], r), -1, 1)
+    case FromAll(array, weight_en):
+      # No row of an expert that nobody chose may matter, infinite or not.
+      weighted = jnp.where(weight_en[..., None] == 0, 0, weight_en[..., None] * rows_eri)
+      rows = weighted.astype(rows_eri.dtype).swapaxes(0, 1).reshape(rows_eri.shape[1], -1)
+      return barrier(flat(array.reshape(array.shape[0], -1), rows)).T[None]
+    case _:
+      return jax.lax.dot_general(rows_eri, kernel, (((2,), (1,)), ((0,), (0,))))
+
+
 class ExpertKernel(nn.Module):
-  """A float32 stack named `kernel`, or `kernel_0`, ... where the parameters are split by expert."""
+  """A float32 stack named `kernel`, or `kernel_0`, ... where the parameters are split by expert.
+
+  Beside the latter `kernel_turned` may stand; see PerExpert.
+  """
 
   shape: tuple[int, ...]
   axes: tuple[str, ...]
@@ -86,7 +144,22 @@ class ExpertKernel(nn.Module):
       return self.param('kernel', init, self.shape, jnp.float32)
     zeros = nn.initializers.zeros  # never called: the parameters are there
     one = lambda i: self.param(split_name(i), zeros, self.shape[1:], jnp.float32)
-    return PerExpert(tuple(one(i) for i in range(self.shape[0])))
+    arrays = tuple(one(i) for i in range(self.shape[0]))
+    sums, turned = self.axes[-1] == 'embed', None
+    if self.has_variable('params', TURNED):
+      turned = self.param(TURNED, zeros, turned_shape(self.shape, sums), jnp.float32)
+    return PerExpert(arrays, turned, sums)
+
+
+def turned_shape(shape: tuple[int, ...], sums: bool) -> tuple[int, ...]:
+  """Of PerExpert.turned, given that of the stack."""
+  return (shape[2], *shape[:2]) if sums else (shape[0], *shape[2:], shape[1])
+
+
+def turn(arrays: Sequence[Array], sums: bool) -> Array:
+  """PerExpert.turned from the arrays of experts."""
+  stack = jnp.stack(arrays)
+  return jnp.moveaxis(stack, 2, 0) if sums else jnp.moveaxis(stack, 1, -1)
 
 
 def split_name(expert: int) -> str:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from openmoe import partitioning
 from openmoe.config import MoEConfig
 from openmoe.layers.attention import MASKED, KVCache, attend_cached, write_cache
-from openmoe.layers.experts import ExpertKernel, Stack
+from openmoe.layers.experts import ExpertKernel, Stack, times
 from openmoe.layers.grouped import Segments, choose_kernel, grouped_matmul
 from openmoe.layers.mlp import Kernel
 from openmoe.layers.moe import output_bias, route_groups
@@ -43,7 +43,7 @@ def attend_slots(
 
 def _grouped(rows: Array, kernel_eio: Stack, segments: Segments | None) -> Array:
   if segments is None:
-    return jnp.einsum('eri,eio->ero', rows, kernel_eio)
+    return times(rows, kernel_eio)
   return grouped_matmul(rows, kernel_eio, segments)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from openmoe import partitioning
 from openmoe.config import ConfigError, MoEConfig
-from openmoe.layers.experts import ExpertKernel, Stack
+from openmoe.layers.experts import ExpertKernel, Stack, times
 from openmoe.layers.grouped import Segments, choose_kernel, grouped_mlp
 from openmoe.layers.mlp import DOUBLE_SWIGLU, Gating
 from openmoe.layers.router import Router
@@ -121,14 +121,14 @@ def _kernel_init(scale: float, std: float | None) -> Callable:
 
 def _experts_on_buffers(buffer_erd: Array, weights: ExpertWeights, gating: Gating) -> Array:
   """Each expert's MLP on its own buffer, [e, r, d] -> [e, r, d]."""
-  gate_eruf = jnp.einsum('erd,eduf->eruf', buffer_erd, weights.wi_0_eduf)
+  gate_eruf = times(buffer_erd, weights.wi_0_eduf)
   linear_erf = None
   if weights.wi_1_edf is not None:
-    linear_erf = jnp.einsum('erd,edf->erf', buffer_erd, weights.wi_1_edf)
+    linear_erf = times(buffer_erd, weights.wi_1_edf)
   h_erf = gating.activation(gate_eruf, linear_erf)
   if weights.keep_ef is not None:
     h_erf = h_erf * weights.keep_ef[:, None]
-  return jnp.einsum('erf,efd->erd', h_erf, weights.wo_efd)
+  return times(h_erf, weights.wo_efd)
 
 
 def _experts(

@@ -1,12 +1,16 @@
 """Few tokens read the matrices of their own experts only, split by expert or not."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from openmoe import placement
 from openmoe.config import MoEConfig
-from openmoe.layers.experts import PerExpert, at_expert, split_axes
+from openmoe.layers.chosen import MOST_TOKENS_TURNED
+from openmoe.layers.experts import PerExpert, at_expert, split_axes, times, turn
 from openmoe.layers.grouped import Kernel, grouped_matmul
 from openmoe.layers.router import route
 from openmoe.layers.transport import through_experts
@@ -17,7 +21,7 @@ AXES = ('act_group', None, None)
 
 def compute(kernel, rows, segments):
   if segments is None:
-    return jnp.einsum('eri,eio->ero', rows, kernel)
+    return times(rows, kernel)
   return grouped_matmul(rows, kernel, segments)
 
 
@@ -55,6 +59,11 @@ def test_equals_a_loop_and_reads_no_other_expert(tokens, form):
   )  # fmt: skip
   for weights in (unread, PerExpert(tuple(unread))):
     np.testing.assert_allclose(np.asarray(run(weights)).reshape(want.shape), want, atol=1e-5)
+  turned = PerExpert(tuple(unread), turn(tuple(jnp.asarray(kernel)), combine), combine)
+  if tokens > 1 and tokens <= MOST_TOKENS_TURNED:  # reads all, so that none may be NaN
+    assert not np.isnan(run(turned)).any()
+    turned = turned.replace(arrays=tuple(jnp.full_like(x, jnp.nan) for x in turned.arrays))
+  np.testing.assert_allclose(np.asarray(run(turned)).reshape(want.shape), want, atol=1e-5)
 
 
 def test_stacks_and_arrays_by_expert_are_used_alike():
@@ -67,3 +76,15 @@ def test_stacks_and_arrays_by_expert_are_used_alike():
       got = at_expert(lambda w, x: w + x, weights, jnp.int32(expert), 1.0)
       np.testing.assert_array_equal(got, stack[expert] + 1)
   assert split_axes({'a': split}, {'a': ('expert', 'embed')}) == {'a': PerExpert((('embed',),) * 3)}
+
+
+def test_experts_are_turned_only_while_their_copies_are_small(monkeypatch):
+  config = MoEConfig(2, 1)
+  model = SimpleNamespace(moe=config)
+  split = {'kernel_0': jnp.ones((3, 4)), 'kernel_1': jnp.zeros((3, 4))}
+  params = {'layer_0': {'moe': {'experts': {'wi_0': split, 'wo': split}}}}
+  experts = placement.turn_experts(params, model)['layer_0']['moe']['experts']
+  assert experts['wi_0']['kernel_turned'].shape == (2, 4, 3)
+  assert experts['wo']['kernel_turned'].shape == (4, 2, 3)
+  monkeypatch.setattr(placement, 'TURNED_BYTES', 4 * 48 - 1)
+  assert placement.turn_experts(params, model) is params

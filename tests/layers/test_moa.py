@@ -83,7 +83,7 @@ def test_cached_steps_equal_the_whole_row():
   want = layer.apply({'params': params}, *args)[0]
   x, _, mask, positions, _ = args
   cache = init_cache(B, T, N, H, jnp.float32)
-  assert cache.key.shape == (B, N, T, H)  # not k times as many heads
+  assert cache.value.shape == (B, N, T, H)  # not k times as many heads
   step = jax.jit(lambda *a: layer.apply({'params': params}, a[0], None, *a[1:3], False, *a[3:]))
   for t in range(T):
     at = slice(t, t + 1)
