@@ -261,6 +261,9 @@ def main(argv: list[str] | None = None) -> int:
   _bound_the_heap()
   try:
     return args.run(args)
+  except BrokenPipeError:  # `| head` has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
   except (ConvertError, NamesError, ConfigError) as error:
     print(f'convert {args.verb}: {error}', file=sys.stderr)
     damaged = args.verb in ('verify', 'fsck')

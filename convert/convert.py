@@ -27,7 +27,7 @@ from convert.stream import Job, Workplace
 from convert.t5x import T5xForm, T5xSink, is_t5x
 from convert.tensors import DTYPES, ConvertError, Stored, digest
 from openmoe.config import Architecture, ModelConfig
-from openmoe.train_state import abstract_params
+from openmoe.train_state import abstract_params, model_fields
 
 FORMS: dict[str, Callable[[epath.Path], Form]] = {'t5x': T5xForm, 'hf': HfForm, 'ours': OursForm}
 _TESTS = {'t5x': is_t5x, 'hf': is_hf, 'ours': is_ours}
@@ -279,7 +279,7 @@ def convert(form: Form, kind: str, out: str, model: str | None, options: Options
     'optimizer': options.optimizer,
     'max_shard': options.max_shard,
     'tokenizer': [[f.name, digest(f.read_bytes().hex())] for f in options.tokenizer],
-    'model': sizes.to_json(config),
+    'model': model_fields(config),
   }
   final = final_path(out, kind, step)
   if (done := _already(final, plan)) is not None:

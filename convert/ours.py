@@ -94,7 +94,7 @@ class OursForm(Form):
     return found
 
   def sizes(self) -> dict[str, Any]:
-    """The model's identity; all of its configuration where the weights were imported."""
+    """The model's identity, and all of its configuration where the checkpoint tells it."""
     jetmoe = 'decoder/attention/router/kernel' in self._names
     architecture = Architecture.JETMOE if jetmoe else Architecture.OPENMOE
     told = dict(self._facts.get('identity', {})) | {'architecture': architecture.value}

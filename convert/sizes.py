@@ -7,7 +7,6 @@ the fields of ModelConfig, or what the checkpoint itself tells.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import difflib
 import json
 import pathlib
@@ -155,13 +154,3 @@ def of_told(told: Mapping[str, Any], where: str) -> ModelConfig:
     moe = _JETMOE_MOE if jetmoe else {}
     fields['moe'] = moe | {'num_experts': told['num_experts']} | told.get('moe', {})
   return config_from((_JETMOE if jetmoe else {}) | fields | told.get('model', {}), where)
-
-
-def to_json(config: ModelConfig) -> dict[str, Any]:
-  """Plain values that config_from() takes, and --model=FILE.json with them."""
-  plain = lambda value: getattr(value, 'value', value)
-  fields = {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-  if config.moe is not None:
-    moe = config.moe
-    fields['moe'] = {f.name: plain(getattr(moe, f.name)) for f in dataclasses.fields(moe)}
-  return fields

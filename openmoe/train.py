@@ -41,7 +41,7 @@ from openmoe.optimizer import make_optimizer, programme_rate
 from openmoe.plan import abstract_state, flops_before
 from openmoe.programme import Programme, as_programme, check_optimizers
 from openmoe.run_record import write_run_record
-from openmoe.train_state import TrainState, identity, init_state, state_shardings
+from openmoe.train_state import TrainState, identity, init_state, model_fields, state_shardings
 from openmoe.train_step import eval_step, train_step
 from openmoe.types import Batch, PyTree
 
@@ -157,6 +157,7 @@ def train(
   transform = make_optimizer(optimizer, axes, schedule)
 
   checkpointer = Checkpointer(run.model_dir, run.keep_checkpoints, identity(model))
+  describe = functools.partial(_metadata, run, model, programme)
   start = checkpointer.latest_step()
   if jax.process_index() == 0:
     write_run_record(run.model_dir, config_text, start or 0)
@@ -172,7 +173,7 @@ def train(
     )
     if start is not None:
       state, positions, metadata = checkpointer.restore(start, placed)
-      if not _data_changed(run, programme, metadata, start):
+      if not _data_changed(run, describe(start), metadata, start):
         feed.restore(positions)
     elif run.initial_checkpoint:
       state = initial_state(run, identity(model), placed, init)
@@ -210,7 +211,7 @@ def train(
       if first < run.total_steps:
         writer.note(format_plan(plan_table(programme)))
       state, complete = _loop(
-        run, programme, state, first, step_fn, feed, evaluate, checkpointer, writer, preemption
+        run, describe, state, first, step_fn, feed, evaluate, checkpointer, writer, preemption
       )
       step = int(state.step)
       validation = evaluate(state.params) if complete and evaluate else {}
@@ -279,7 +280,7 @@ def initial_state(
 
 def _loop(
   run: TrainConfig,
-  programme: Programme,
+  describe: Callable[[int], dict],
   state: TrainState,
   step: int,
   step_fn: Callable,
@@ -318,7 +319,7 @@ def _loop(
     if step % run.checkpoint_period == 0 or last:
       flush()  # never save what has not been seen to be finite
       writer.flush()
-      checkpointer.save(step, state, feed.state(), _metadata(run, programme, step))
+      checkpointer.save(step, state, feed.state(), describe(step))
       saved = step
     if stop:
       writer.note(f'Stopped by a signal after step {step}; the same command continues.')
@@ -326,13 +327,12 @@ def _loop(
   return state, True
 
 
-def _data_changed(run: TrainConfig, programme: Programme, metadata: dict, step: int) -> bool:
+def _data_changed(run: TrainConfig, now: dict, metadata: dict, step: int) -> bool:
   """Whether the checkpoint was made on other data, from which this run may go on.
 
   Raises:
     ConfigError: other data, and run.allow_data_change is off.
   """
-  now = _metadata(run, programme, step)
   names = [n for n in ('mixture', 'task_feature_lengths') if metadata.get(n) != now[n]]
   if names and not run.allow_data_change:
     changes = '; '.join(f'{n} is {metadata.get(n)} there and {now[n]} here' for n in names)
@@ -343,7 +343,8 @@ def _data_changed(run: TrainConfig, programme: Programme, metadata: dict, step: 
   return bool(names)
 
 
-def _metadata(run: TrainConfig, programme: Programme, step: int) -> dict:
+def _metadata(run: TrainConfig, model: ModelConfig, programme: Programme, step: int) -> dict:
+  """What a checkpoint says of the run; `model` is what convert reads."""
   stage = programme.stages[programme.at(min(max(step, 1), programme.total_steps) - 1)[0]]
   data = stage.data
   return {
@@ -353,6 +354,7 @@ def _metadata(run: TrainConfig, programme: Programme, step: int) -> dict:
     'task_feature_lengths': dict(data.task_feature_lengths),
     'data_seed': data.seed,
     'seed': run.seed,
+    'model': model_fields(model),
     'saved_at': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
   }
 

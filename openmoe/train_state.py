@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -56,6 +58,13 @@ def identity(model: ModelConfig) -> dict:
   fields = {name: getattr(model, name) for name in ('name', *names, 'num_sparse_layers')}
   fields['num_experts'] = model.moe.num_experts if model.moe else 0
   return fields
+
+
+def model_fields(config: ModelConfig) -> dict[str, Any]:
+  """All fields as plain values, for JSON; convert takes them with --model=FILE.json."""
+  plain = lambda value: getattr(value, 'value', value)
+  of = lambda part: {f.name: plain(getattr(part, f.name)) for f in dataclasses.fields(part)}
+  return of(config) | {'moe': of(config.moe) if config.moe else None}
 
 
 def init_state(model: nn.Module, optimizer: optax.GradientTransformation, seed: int) -> TrainState:

@@ -24,9 +24,9 @@ from etils import epath
 from convert.convert import model_shapes
 from convert.names import name_table
 from convert.ours import OursSink
-from convert.sizes import to_json
 from convert.tensors import Stored
 from openmoe.config import ModelConfig, MoEConfig
+from openmoe.train_state import model_fields
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MEMORY_LIMIT, SHARE_LIMIT = 600_000_000, 0.3
@@ -99,7 +99,7 @@ def measure(place: pathlib.Path, config: ModelConfig) -> dict[str, dict]:
   """The report of every direction, by name."""
   generate(place / 'ours' / 'checkpoint_7', config)
   model = place / 'model.json'
-  model.write_text(json.dumps(to_json(config)))
+  model.write_text(json.dumps(model_fields(config)))
   directions = {
     'ours to hf': ('export', '--to', 'hf', 'ours', 'hf'),
     'hf to ours': ('import', '--from', 'hf', 'hf', 'from_hf'),

@@ -20,9 +20,9 @@ from convert.__main__ import main
 from convert.convert import Options, convert, find_form, model_shapes
 from convert.names import name_table
 from convert.ours import OursSink
-from convert.sizes import to_json
 from convert.tensors import Stored
 from openmoe.config import ModelConfig, MoEConfig
+from openmoe.train_state import model_fields
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / 'tests' / 'golden'
@@ -80,7 +80,7 @@ def write_ours(path: pathlib.Path, tensors=None, step: int = STEP, config=CONFIG
 
 
 def model_file(path: pathlib.Path, config=CONFIG) -> str:
-  path.write_text(json.dumps(to_json(config)))
+  path.write_text(json.dumps(model_fields(config)))
   return str(path)
 
 

@@ -1,5 +1,7 @@
 """A checkpoint as training saves it, with optimizer state, to t5x and back, and to a fsck."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,11 @@ import pytest
 
 from convert.convert import Options, convert, find_form
 from convert.names import name_table
+from convert.sizes import of_form
 from openmoe import checkpoint
 from openmoe.config import OptimizerConfig
 from openmoe.optimizer import learning_rate, make_optimizer
-from openmoe.train_state import TrainState, abstract_params, identity
+from openmoe.train_state import TrainState, abstract_params, identity, model_fields
 from tests.convert import case
 
 # Low enough that all matrices are factored, among them gates along either side.
@@ -72,6 +75,15 @@ def test_a_saved_checkpoint_is_sound_and_exports(trained, state, tmp_path):
   }
   for row in name_table(case.CONFIG):
     np.testing.assert_array_equal(found[row.hf], row.to_t5x(flat[row.ours]))
+
+
+def test_a_checkpoint_of_training_tells_what_it_computes(state, tmp_path):
+  moe = dataclasses.replace(case.CONFIG.moe, top_k=3)
+  config = dataclasses.replace(case.CONFIG, moe=moe, norm_epsilon=1e-4, dtype='bfloat16')
+  saver = checkpoint.Checkpointer(tmp_path, keep=1, identity=identity(config))
+  saver.save(case.STEP, state, {}, {'model': model_fields(config)})
+  saver.close()
+  assert of_form(find_form(tmp_path), None) == config
 
 
 def test_large_parameters_are_saved_in_chunks_of_a_layer(state, tmp_path, monkeypatch):

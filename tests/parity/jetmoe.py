@@ -30,10 +30,11 @@ import numpy as np
 
 from convert.convert import Options, convert, find_form
 from convert.load import load_params
-from convert.sizes import of_form, to_json
+from convert.sizes import of_form
 from openmoe.config import ModelConfig
 from openmoe.decode import inference_config
 from openmoe.models import build_model, init_decode_cache, unstack
+from openmoe.train_state import model_fields
 from openmoe.types import Batch, PyTree
 
 LIMITS = {'logits': 1e-5, 'cached_decode': 1e-5, 'export_mismatches': 0}
@@ -92,7 +93,7 @@ def there_and_back(hf, place: pathlib.Path) -> tuple[ModelConfig, PyTree, dict[s
   hf.save_pretrained(place / 'hf')
   config = dataclasses.replace(of_form(find_form(place / 'hf'), None), dtype='float32')
   model, options = place / 'model.json', Options()
-  model.write_text(json.dumps(to_json(config)))
+  model.write_text(json.dumps(model_fields(config)))
   convert(find_form(place / 'hf'), 'ours', place / 'run', str(model), options)
   params = load_params(find_form(place / 'run'), config)
   convert(find_form(place / 'run'), 'hf', place / 'back', str(model), options)

@@ -25,12 +25,11 @@ import numpy as np
 
 from convert.convert import Options, convert, find_form
 from convert.names import name_table
-from convert.sizes import to_json
 from openmoe import config as config_lib
 from openmoe.checkpoint import Checkpointer
 from openmoe.layers.router import upstream_group_size
 from openmoe.optimizer import learning_rate, make_optimizer
-from openmoe.train_state import TrainState, abstract_params, build_model
+from openmoe.train_state import TrainState, abstract_params, build_model, model_fields
 from openmoe.types import Batch, PyTree
 
 LIMITS = {'param_mismatches': 0, 'optimizer_mismatches': 0, 'logits_eval': 2e-5}
@@ -135,7 +134,7 @@ def compare(checkpoint: str | os.PathLike, file: Mapping[str, np.ndarray]) -> di
   with tempfile.TemporaryDirectory() as place:
     place = pathlib.Path(place)
     model = place / 'model.json'
-    model.write_text(json.dumps(to_json(config)))
+    model.write_text(json.dumps(model_fields(config)))
     options = Options(optimizer=has_slots)
     ours = convert(find_form(checkpoint, 't5x'), 'ours', place / 'run', str(model), options)
     step = int(ours.path.name.split('_')[1])
