@@ -11,7 +11,7 @@ import tempfile
 # Compilation is most of the time of these tests, and none of them is about speed.
 _DEVICES = (
   '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 '
-  '--xla_llvm_disable_expensive_passes=true'
+  '--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false'
 )
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
