@@ -158,10 +158,17 @@ class Checkpointer:
       create=not self._read_only,
       cleanup_tmp_directories=not self._read_only,
       read_only=self._read_only,
+      save_interval_steps=0 if self._read_only else 1,
       save_root_metadata=False,
       async_options=asynchronous,
     )
-    return ocp.CheckpointManager(self._directory, options=options)
+    verbosity = logging.get_verbosity()
+    if self._read_only:
+      logging.set_verbosity(logging.ERROR)  # orbax warns that what was asked for will be done
+    try:
+      return ocp.CheckpointManager(self._directory, options=options)
+    finally:
+      logging.set_verbosity(verbosity)
 
   def _path(self, step: int) -> epath.Path:
     return self._directory / f'{PREFIX}_{step}'

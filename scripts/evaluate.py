@@ -174,7 +174,7 @@ def run(config: evaluate_lib.EvaluationConfig) -> list[results.Row]:
 def main(argv: list[str]) -> int:
   if len(argv) > 1:
     raise app.UsageError(f'Unknown arguments: {argv[1:]}')
-  logging.set_verbosity(logging.ERROR)
+  logging.set_verbosity(logging.WARNING)
   try:
     processes.join()
     gin_flags.parse()
