@@ -14,6 +14,7 @@ import argparse
 import collections
 import hashlib
 import json
+import math
 import os
 import pathlib
 import signal
@@ -32,7 +33,7 @@ def arguments(argv=None) -> argparse.Namespace:
   parser.add_argument('--kill_at', type=int, default=7)
   parser.add_argument('--steps', type=int, default=40)
   parser.add_argument('--save_every', type=int, default=3)
-  parser.add_argument('--num_shards', type=int, default=4)
+  parser.add_argument('--num_shards', type=int, help='default: 4, or more where hosts divide no 4')
   parser.add_argument('--rows_per_shard', type=int, default=2)
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--json', action='store_true')
@@ -42,7 +43,20 @@ def arguments(argv=None) -> argparse.Namespace:
   parser.add_argument('--folder', help=argparse.SUPPRESS)
   parser.add_argument('--run', help=argparse.SUPPRESS)
   parser.add_argument('--die', action='store_true', help=argparse.SUPPRESS)
-  return parser.parse_args(argv)
+  args = parser.parse_args(argv)
+  try:
+    hosts = [int(count) for count in args.hosts.split(',')]
+  except ValueError:
+    parser.error(f'--hosts={args.hosts}: numbers of hosts with commas between, such as 1,2,4.')
+  if min(hosts) < 1:
+    parser.error(f'--hosts={args.hosts}: a run has at least 1 host.')
+  args.num_shards = args.num_shards or math.lcm(4, *hosts)
+  if wrong := [count for count in hosts if args.num_shards % count]:
+    parser.error(
+      f'--num_shards={args.num_shards} is not a multiple of {wrong[0]} hosts: every host owns the '
+      'same number of logical shards.'
+    )
+  return args
 
 
 def saved_steps(folder: pathlib.Path, num_shards: int) -> list[int]:
