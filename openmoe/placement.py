@@ -54,7 +54,14 @@ def splits_experts(mesh: jax.sharding.Mesh | None, capacity: bool) -> bool:
 
 
 def turn_experts(params: PyTree, config: ModelConfig) -> PyTree:
-  """Adds all experts of a kernel turned, if they are split and their copies stay small."""
+  """Adds all experts of a kernel turned, if they are split and their copies stay small.
+
+  Args:
+    params: as models.unstack gives them; leaves `kernel_0` [i, ...], ... of one device.
+
+  Returns:
+    The same with a `kernel_turned` beside them (layers.experts.turn), or params as they were.
+  """
   flat = flax.traverse_util.flatten_dict(params, sep='/')
   first = f'/{split_name(0)}'
   heads = [path.removesuffix(first) for path in flat if path.endswith(first)]

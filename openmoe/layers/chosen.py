@@ -1,7 +1,7 @@
 """Experts for a handful of tokens, as when decoding: only the matrices of chosen experts are read.
 
-One step of decoding is bound by reading weights, so experts that nobody chose are passed over.
-There is no gradient.
+One step of decoding is bound by reading weights, so experts that nobody chose are passed over;
+where nearly all are chosen anyway, small ones are computed in one product. There is no gradient.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from openmoe import partitioning
-from openmoe.layers.experts import FromAll, PerExpert, ToAll, at_expert
+from openmoe.layers.experts import FromAll, PerExpert, ToAll, at_expert, is_split
 from openmoe.types import Array, PyTree, Routing
 
 # Tokens of a device; with more of them sorted rows waste less. Measured, docs/LOG.md.
@@ -32,7 +32,6 @@ def pays(routing: Routing, weights: PyTree) -> bool:
 
 
 def _split(weights: PyTree) -> list[PerExpert]:
-  is_split = lambda x: isinstance(x, PerExpert)
   return [leaf for leaf in jax.tree.leaves(weights, is_leaf=is_split) if is_split(leaf)]
 
 
@@ -83,7 +82,6 @@ def _one_token(one, rows, expert_1k, weight_1k, weights, combine: bool, shared: 
 def _several_tokens(one, rows, expert_nk, weight_nk, weights, combine: bool, shared: bool) -> Array:
   """Every expert that a token chose, for all tokens at once; the others are passed over."""
   n = expert_nk.shape[0]
-  is_split = lambda w: isinstance(w, PerExpert)
   like = jax.eval_shape(lambda: one_output(one, rows, weights, shared))
   shape = (n, like.shape[-1]) if combine else (*expert_nk.shape, like.shape[-1])
   y = partitioning.varying(jnp.zeros(shape, jnp.float32 if combine else like.dtype))
@@ -114,7 +112,6 @@ def _all_pay(routing: Routing, weights: PyTree) -> bool:
 
 def _all_experts(compute, rows, expert_nk, weight_nk, weights, combine: bool, shared: bool):
   """Every expert for all tokens, in one product each; see experts.times."""
-  is_split = lambda w: isinstance(w, PerExpert)
   experts = _split(weights)[0].shape[0]
   chosen_enk = expert_nk == jnp.arange(experts)[:, None, None]
   weight_en = jnp.sum(jnp.where(chosen_enk, weight_nk, 0), axis=2)
@@ -132,5 +129,5 @@ def _all_experts(compute, rows, expert_nk, weight_nk, weights, combine: bool, sh
 
 def one_output(one, rows: Array, weights: PyTree, shared: bool) -> Array:
   """For the shape of an expert's output."""
-  first = jax.tree.map(lambda w: w.arrays[0], weights, is_leaf=lambda w: isinstance(w, PerExpert))
+  first = jax.tree.map(lambda w: w.arrays[0], weights, is_leaf=is_split)
   return one(first, rows if shared else rows[:, 0])

@@ -52,7 +52,7 @@ Stack = Array | PerExpert
 TURNED = 'kernel_turned'  # parameter
 
 
-def _is_split(x) -> bool:
+def is_split(x) -> bool:
   return isinstance(x, PerExpert)
 
 
@@ -61,7 +61,7 @@ def split_axes(weights: PyTree, axes: PyTree) -> PyTree:
   is_axes = lambda a: isinstance(a, tuple) and all(x is None or isinstance(x, str) for x in a)
 
   def one(axes: tuple, weight: Stack):
-    if not _is_split(weight):
+    if not is_split(weight):
       return axes
     return PerExpert((axes[1:],) * len(weight.arrays), sums=weight.sums)
 
@@ -75,11 +75,11 @@ def at_expert(fn: Callable, weights: PyTree, expert: Array, *args):
     weights: leaves are stacks [e, ...] or PerExpert, all of one kind.
     expert: int32 scalar.
   """
-  split = [leaf for leaf in jax.tree.leaves(weights, is_leaf=_is_split) if _is_split(leaf)]
+  split = [leaf for leaf in jax.tree.leaves(weights, is_leaf=is_split) if is_split(leaf)]
   if not split:
     of = lambda w: jax.lax.dynamic_index_in_dim(w, expert, keepdims=False)
     return fn(jax.tree.map(of, weights), *args)
-  pick = lambda i: jax.tree.map(lambda w: w.arrays[i], weights, is_leaf=_is_split)
+  pick = lambda i: jax.tree.map(lambda w: w.arrays[i], weights, is_leaf=is_split)
   branches = [lambda *a, i=i: fn(pick(i), *a) for i in range(len(split[0].arrays))]
   return jax.lax.switch(expert, branches, *args)
 
@@ -111,8 +111,8 @@ def times(rows_eri: Array, kernel: Array | ToAll | FromAll) -> Array:
   all experts, with the kernels on the left, because XLA's library packs the right side first. The
   barriers keep it from computing activations inside products, element by element (docs/LOG.md).
   """
-  flat = lambda array, rows: jax.lax.dot_general(array, barrier(rows), (((1,), (1,)), ((), ())))
   barrier = jax.lax.optimization_barrier
+  flat = lambda array, rows: jax.lax.dot_general(array, barrier(rows), (((1,), (1,)), ((), ())))
   match kernel:
     case ToAll(array):
       i, r = array.shape[-1], rows_eri.shape[1]
