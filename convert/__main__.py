@@ -25,11 +25,11 @@ import threading
 import time
 
 from convert import checks, sizes
-from convert.convert import Options, convert, find_form
-from convert.forms import Form
-from convert.hf import MAX_SHARD, tokenizer_files
-from convert.names import NamesError
-from convert.tensors import ConvertError
+from convert.core.forms import Form
+from convert.core.names import NamesError
+from convert.core.tensors import ConvertError
+from convert.formats.hf import MAX_SHARD, tokenizer_files
+from convert.run import Options, convert, find_form
 from openmoe.config import ConfigError
 
 EXIT_FAILED, EXIT_USAGE = 1, 64

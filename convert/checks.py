@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from convert.convert import check_shapes, model_shapes
-from convert.forms import Form
+from convert.core.forms import Form
+from convert.core.names import Row, name_table
+from convert.core.tensors import ConvertError, Stored, as_bytes, cast, is_finite, same_bytes
 from convert.forward import agreement, forward, seeded_tokens
-from convert.names import Row, name_table
-from convert.tensors import ConvertError, Stored, as_bytes, cast, is_finite, same_bytes
+from convert.run import check_shapes, model_shapes
 from openmoe.config import ModelConfig
 
 _MODULES = ('router', 'attention', 'experts', 'extra_mlp', 'mlp', 'moe')

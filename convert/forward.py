@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from convert.forms import Form
-from convert.names import Row, name_table
+from convert.core.forms import Form
+from convert.core.names import Row, name_table
 from openmoe.config import Architecture, ModelConfig
 
 TOKENS = (2, 12)

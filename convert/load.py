@@ -12,10 +12,10 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from convert.convert import check_source, model_shapes
-from convert.forms import Form
-from convert.names import Row, classifier_table, expected_shapes, name_table
-from convert.tensors import cast, transpose_into
+from convert.core.forms import Form
+from convert.core.names import Row, classifier_table, expected_shapes, name_table
+from convert.core.tensors import cast, transpose_into
+from convert.run import check_source, model_shapes
 from openmoe.config import ModelConfig
 from openmoe.models.classifier import SequenceClassifier
 from openmoe.train_state import abstract_params, empty_batch
@@ -26,7 +26,7 @@ def load_params(form: Form, config: ModelConfig, dtype: np.dtype | None = None) 
   """Parameters of a language model as a nested dict of NumPy arrays.
 
   Args:
-    form: as convert.convert.find_form opens it; t5x, Hugging Face or ours.
+    form: as convert.run.find_form opens it; t5x, Hugging Face or ours.
     config: of the model, as convert.sizes.of_form tells it.
     dtype: of the arrays; None keeps what is stored.
 

@@ -14,8 +14,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from convert.forms import Form
-from convert.tensors import ConvertError
+from convert.core.forms import Form
+from convert.core.tensors import ConvertError
 from openmoe.config import Architecture, ConfigError, ModelConfig, MoEConfig
 
 MODELS = pathlib.Path(__file__).resolve().parent.parent / 'gin' / 'models'

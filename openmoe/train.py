@@ -21,8 +21,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from openmoe import partitioning, report
-from openmoe.checkpoint import Checkpointer
+from openmoe import partitioning
+from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.config import (
   ConfigError,
   DataConfig,
@@ -35,12 +35,13 @@ from openmoe.config import (
 from openmoe.data.stages import format_plan, plan_table
 from openmoe.data.statistics import unigram_entropy
 from openmoe.feed import Feed, evaluation_feed
-from openmoe.metrics import MetricsWriter
 from openmoe.models import build_model
+from openmoe.observe import pictures
+from openmoe.observe.metrics import MetricsWriter
+from openmoe.observe.record import write_run_record
 from openmoe.optimizer import make_optimizer, programme_rate
 from openmoe.plan import abstract_state, flops_before
 from openmoe.programme import Programme, as_programme, check_optimizers
-from openmoe.run_record import write_run_record
 from openmoe.train_state import TrainState, identity, init_state, model_fields, state_shardings
 from openmoe.train_step import eval_step, train_step
 from openmoe.types import Batch, PyTree
@@ -220,7 +221,7 @@ def train(
     checkpointer.wait()
     checkpointer.close()
     if jax.process_index() == 0 and step > 0:
-      report.plot_run(run.model_dir)
+      pictures.plot_run(run.model_dir)
   return Result(
     step,
     complete,

@@ -18,8 +18,8 @@ import sys
 
 from rich.console import Console
 
-from openmoe import results
 from openmoe.config import ConfigError
+from openmoe.evaluation import results
 
 _WHY = ('prompt', 'tokens', 'model', 'numerics', 'seed', 'missing')
 _SHOWN = 40

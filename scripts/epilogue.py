@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from openmoe.config import DataConfig, ModelConfig
-from openmoe.inference import LanguageModel
+from openmoe.inference.model import LanguageModel
 from openmoe.programme import as_programme
 from openmoe.train import Result
 

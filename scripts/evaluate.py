@@ -27,11 +27,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from convert import sizes
-from convert.tensors import ConvertError
-from openmoe import evaluate as evaluate_lib
-from openmoe import results
-from openmoe.checkpoint import CheckpointError
+from convert.core.tensors import ConvertError
+from openmoe.checkpoint.checkpointer import CheckpointError
 from openmoe.config import ConfigError, ModelConfig
+from openmoe.evaluation import results
+from openmoe.evaluation import run as evaluate_lib
 from scripts import gin_flags, processes
 from tasks.evaluation import catalogue
 

@@ -24,11 +24,11 @@ quiet.import_tensorflow()
 
 from absl import app, flags, logging
 
-from openmoe import chat
-from openmoe.checkpoint import CheckpointError
+from openmoe.checkpoint.checkpointer import CheckpointError
 from openmoe.config import ConfigError
-from openmoe.decode import Sampling
-from openmoe.inference import LanguageModel
+from openmoe.inference import chat
+from openmoe.inference.decode import Sampling
+from openmoe.inference.model import LanguageModel
 from scripts.load_model import load
 
 EXIT_USAGE = 64

@@ -32,13 +32,13 @@ import seqio
 from absl import flags, logging
 from etils import epath
 
+from openmoe.checkpoint.positions import DataPositions
 from openmoe.config import ConfigError, DataConfig
 from openmoe.data.features import Example, Row
 from openmoe.data.shard import find_provider, rates
 from openmoe.data.stages import saved_stream
 from openmoe.data.stream import ShardedStream
 from openmoe.data.ul2 import DENOISERS
-from openmoe.data_positions import DataPositions
 from openmoe.types import Batch
 
 # Flags of this script alone: tests import it beside scripts.train, which has some of these names.

@@ -19,8 +19,8 @@ from scripts import quiet
 quiet.import_tensorflow()
 
 from openmoe.config import ConfigError
-from openmoe.decode import Sampling
-from openmoe.inference import LanguageModel
+from openmoe.inference.decode import Sampling
+from openmoe.inference.model import LanguageModel
 from scripts.load_model import load
 
 NAME = 'openmoe'

@@ -21,19 +21,20 @@ from etils import epath
 from jax.sharding import NamedSharding
 
 from convert import sizes
-from convert.convert import find_form
-from convert.hf import HfForm
+from convert.core.names import NamesError
+from convert.core.tensors import ConvertError
+from convert.formats.hf import HfForm
 from convert.load import load_params
-from convert.names import NamesError
-from convert.tensors import ConvertError
-from openmoe import chat, partitioning
-from openmoe.checkpoint import Checkpointer
+from convert.run import find_form
+from openmoe import partitioning
+from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.config import Architecture, ConfigError, ModelConfig
-from openmoe.inference import LanguageModel
+from openmoe.inference import chat
+from openmoe.inference.model import LanguageModel
+from openmoe.inference.placement import cast, inference_mesh, splits_experts
 from openmoe.models import unstack
-from openmoe.placement import cast, inference_mesh, splits_experts
+from openmoe.observe.record import CONFIG
 from openmoe.programme import Programme
-from openmoe.run_record import CONFIG
 from openmoe.train_state import abstract_params, identity
 from openmoe.types import PyTree
 from scripts import gin_flags

@@ -16,9 +16,9 @@ quiet.import_tensorflow()
 
 from rich.progress import track
 
-from openmoe.checkpoint import CheckpointError
+from openmoe.checkpoint.checkpointer import CheckpointError
 from openmoe.config import ConfigError
-from openmoe.decode import Sampling
+from openmoe.inference.decode import Sampling
 from tasks.evaluation import mt_bench, records
 
 

@@ -21,8 +21,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from openmoe import figures
 from openmoe.config import ConfigError
+from openmoe.evaluation import figures
 
 _PUBLISHED = pathlib.Path(__file__).resolve().parent.parent / 'docs' / 'published_results.csv'
 _LABELS = {

@@ -14,7 +14,7 @@ MODELS = ('spiece.model', 'sentencepiece.model', 'sentencepiece.bpe.model', 'tok
 
 
 class TextTokenizer:
-  """What openmoe.inference.TextVocabulary asks for; adds no tokens of its own to a text."""
+  """What openmoe.inference.model.TextVocabulary asks for; adds no tokens of its own to a text."""
 
   pad_id = 0
 

@@ -24,7 +24,7 @@ import jax
 from absl import app, flags, logging
 
 from openmoe import train as train_lib
-from openmoe.checkpoint import CheckpointError
+from openmoe.checkpoint.checkpointer import CheckpointError
 from openmoe.config import ConfigError
 from scripts import gin_flags, processes
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from convert.upcycle import dense_config, logit_difference, upcycle
-from openmoe.checkpoint import Checkpointer, CheckpointError
+from openmoe.checkpoint.checkpointer import Checkpointer, CheckpointError
 from openmoe.config import ConfigError, ModelConfig
 from openmoe.train_state import TrainState, abstract_params, identity
 from scripts import gin_flags

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from openmoe import display, hardware, metrics
-from openmoe.display import Progress, heat_strip, load_colour, quantity, sparkline
+from openmoe.observe import display, hardware, metrics
+from openmoe.observe.display import Progress, heat_strip, load_colour, quantity, sparkline
 
 
 @pytest.mark.parametrize('module', [display, hardware, metrics])

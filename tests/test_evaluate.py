@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from convert import sizes
-from openmoe import evaluate, results
 from openmoe.config import ConfigError
-from openmoe.data.items import EvaluationTask, Item, Prompt
+from openmoe.evaluation import results
+from openmoe.evaluation import run as evaluate
+from openmoe.evaluation.items import EvaluationTask, Item, Prompt
 from scripts import compare_evals, gin_flags
 from scripts import evaluate as script
 from tasks.bigbench import lite

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from openmoe import figures
 from openmoe.config import ConfigError
+from openmoe.evaluation import figures
 from scripts import plot_results
 
 

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from openmoe import metrics
-from openmoe.metrics import MetricsWriter, dead_experts, read_records, read_router
+from openmoe.observe import metrics
+from openmoe.observe.metrics import MetricsWriter, dead_experts, read_records, read_router
 
 
 class Terminal(io.StringIO):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from openmoe.config import Dispatch, ModelConfig, MoEConfig
-from openmoe.decode import inference_config
+from openmoe.inference.decode import inference_config
 from openmoe.models.openmoe import Residual, token_mask, training_mask
 from openmoe.train_state import abstract_params, build_model, empty_batch
 from openmoe.types import Batch

@@ -10,7 +10,7 @@ import optax
 import pytest
 import seqio
 
-from openmoe.checkpoint import Checkpointer
+from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.config import (
   ConfigError,
   DataConfig,

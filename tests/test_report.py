@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from openmoe import run_record
-from openmoe.metrics import MetricsWriter, read_router
-from openmoe.report import experts_figure, plot_run, smooth
+from openmoe.observe import record as run_record
+from openmoe.observe.metrics import MetricsWriter, read_router
+from openmoe.observe.pictures import experts_figure, plot_run, smooth
 
 
 def write_run(model_dir, steps, experts=8, layers=2, tokens=64):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from openmoe import train as train_lib
-from openmoe.checkpoint import Checkpointer
+from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.config import (
   ConfigError,
   DataConfig,
@@ -26,7 +26,7 @@ from openmoe.config import (
 )
 from openmoe.data.vocabulary import train_vocabulary
 from openmoe.feed import Feed
-from openmoe.metrics import read_records, read_router
+from openmoe.observe.metrics import read_records, read_router
 from openmoe.programme import Programme, Stage
 from tasks import demo_corpus
 from tasks.text_files import UserFiles

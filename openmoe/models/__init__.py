@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from openmoe.config import Architecture, ModelConfig
 from openmoe.layers.attention import init_cache
-from openmoe.layers.experts import split_name
+from openmoe.layers.moe.experts import split_name
 from openmoe.models import jetmoe, openmoe
 from openmoe.models.jetmoe import JetMoE
 from openmoe.models.openmoe import Cache, ModelOutput, OpenMoE, layer_name

@@ -15,8 +15,8 @@ from openmoe.config import ModelConfig
 from openmoe.layers.attention import KVCache
 from openmoe.layers.embed import Embed
 from openmoe.layers.mlp import SWIGLU
-from openmoe.layers.moa import MixtureOfAttention
-from openmoe.layers.moe import MoeLayer
+from openmoe.layers.moe.layer import MoeLayer
+from openmoe.layers.moe.moa import MixtureOfAttention
 from openmoe.layers.norm import RMSNorm
 from openmoe.models.openmoe import (
   ACT,

@@ -23,7 +23,7 @@ from openmoe.config import ModelConfig, Remat
 from openmoe.layers.attention import Attention, KVCache
 from openmoe.layers.embed import Embed
 from openmoe.layers.mlp import Kernel, Mlp
-from openmoe.layers.moe import MoeLayer
+from openmoe.layers.moe.layer import MoeLayer
 from openmoe.layers.norm import RMSNorm
 from openmoe.types import Array, Batch, RouterStats
 

@@ -21,10 +21,10 @@ import tempfile
 import numpy as np
 from etils import epath
 
-from convert.convert import model_shapes
-from convert.names import name_table
-from convert.ours import OursSink
-from convert.tensors import Stored
+from convert.core.names import name_table
+from convert.core.tensors import Stored
+from convert.formats.ours import OursSink
+from convert.run import model_shapes
 from openmoe.config import ModelConfig, MoEConfig
 from openmoe.train_state import model_fields
 

@@ -26,10 +26,10 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 import jax
 import numpy as np
 
-from convert.convert import find_form
 from convert.load import load_params
+from convert.run import find_form
 from convert.sizes import of_form
-from openmoe.inference import LanguageModel
+from openmoe.inference.model import LanguageModel
 
 NAMES = ('layers', 'embed', 'heads', 'head_dim', 'experts', 'top_k', 'mlp', 'vocab')
 # heads are key-value heads; there are top_k times as many query heads.

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from openmoe.config import MoEConfig
 from openmoe.layers.mlp import SWIGLU
-from openmoe.layers.moe import MoeLayer
+from openmoe.layers.moe.layer import MoeLayer
 from scripts.benchmarks.flops import executed_flops
 
 # tokens, embed, hidden, experts

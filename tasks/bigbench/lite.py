@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import seqio
 import tensorflow as tf
 
-from openmoe.data.items import EvaluationTask, Item, Prediction
+from openmoe.evaluation.items import EvaluationTask, Item, Prediction
 from tasks.bigbench import files, metrics, prompts
 
 # The released evaluation cut prompts at so many tokens, from the right; long ones lose their end.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from openmoe.data.items import Item, Prediction
+from openmoe.evaluation.items import Item, Prediction
 from tasks.bigbench.files import Leaf
 from tasks.bigbench.rouge import best_rouge
 

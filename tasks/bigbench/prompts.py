@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from openmoe.config import ConfigError
-from openmoe.data.items import ASCII_WHITESPACE, Item, Prompt
+from openmoe.evaluation.items import ASCII_WHITESPACE, Item, Prompt
 from tasks.bigbench.files import Leaf
 
 # The order of choices is drawn with this one, whatever seed draws the shots.

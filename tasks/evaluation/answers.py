@@ -14,7 +14,7 @@ import re
 import string
 from collections.abc import Sequence
 
-from openmoe.data.items import EvaluationTask, Item, Prediction, Prompt
+from openmoe.evaluation.items import EvaluationTask, Item, Prediction, Prompt
 from tasks.evaluation import build, records
 from tasks.evaluation.build import REFERENCE
 from tasks.evaluation.records import Record, field

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from openmoe.config import ConfigError
-from openmoe.data.items import EvaluationTask, Item, Prediction, Prompt
+from openmoe.evaluation.items import EvaluationTask, Item, Prediction, Prompt
 from tasks.evaluation.records import Record
 
 SHOT_SEED = 42

@@ -13,7 +13,7 @@ import seqio
 import tensorflow as tf
 
 from openmoe.config import ConfigError
-from openmoe.data.items import EvaluationTask, Item
+from openmoe.evaluation.items import EvaluationTask, Item
 from tasks.bigbench import files, lite
 from tasks.evaluation import answers, code, leaderboard
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 
 from openmoe.config import ConfigError
-from openmoe.data.items import EvaluationTask, Item, Prediction, Prompt
+from openmoe.evaluation.items import EvaluationTask, Item, Prediction, Prompt
 from tasks.evaluation import records, sandbox
 from tasks.evaluation.build import REFERENCE
 from tasks.evaluation.records import Record, field

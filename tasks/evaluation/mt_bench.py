@@ -81,7 +81,7 @@ def answer(
   """Answers questions one by one, turn after turn.
 
   Args:
-    model: an openmoe.inference.LanguageModel.
+    model: an openmoe.inference.model.LanguageModel.
     questions: records; see the module's docstring.
     sampling: makes the model's sampling settings from a temperature.
     conversation: 'chat' for the model's own template, or 'openmoe_reference'.

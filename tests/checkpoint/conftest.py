@@ -2,7 +2,7 @@
 
 import pytest
 
-from openmoe.checkpoint import Checkpointer
+from openmoe.checkpoint.checkpointer import Checkpointer
 from tests.checkpoint.case import IDENTITY
 
 

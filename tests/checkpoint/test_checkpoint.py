@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from openmoe import manifest
-from openmoe.checkpoint import Checkpointer, CheckpointError, identity_differences
+from openmoe.checkpoint import manifest
+from openmoe.checkpoint.checkpointer import Checkpointer, CheckpointError, identity_differences
 from openmoe.config import ConfigError
 from tests.checkpoint.case import (
   DATA,

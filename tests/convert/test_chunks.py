@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import tensorstore
 
-from convert.chunks import plain_slice
-from convert.tensors import ConvertError
-from convert.zarrays import ZarrStore
+from convert.core.tensors import ConvertError
+from convert.formats.chunks import plain_slice
+from convert.formats.zarrays import ZarrStore
 
 SHAPE = (2, 3, 7, 4)
 

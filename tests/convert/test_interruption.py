@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from convert import stream
-from convert.convert import Options, convert, find_form
-from convert.tensors import ConvertError
+from convert import workplace
+from convert.core.tensors import ConvertError
+from convert.run import Options, convert, find_form
 from tests.convert import case
 
 
@@ -34,15 +34,15 @@ def test_an_interrupted_export_does_the_rest_and_equals_an_undisturbed_one(
     done.append(job.name)
     return real(job)
 
-  real = stream.move
-  monkeypatch.setattr(stream, 'move', until_killed)
-  monkeypatch.setattr(stream, 'THREADS', 1)
+  real = workplace.move
+  monkeypatch.setattr(workplace, 'move', until_killed)
+  monkeypatch.setattr(workplace, 'THREADS', 1)
   if moved < total:
     with pytest.raises(Killed):
       convert(find_form(ours), kind, out, None, Options())
     assert not out.exists()
   again = []
-  monkeypatch.setattr(stream, 'move', lambda job: again.append(job.name) or real(job))
+  monkeypatch.setattr(workplace, 'move', lambda job: again.append(job.name) or real(job))
   convert(find_form(ours), kind, out, None, Options())
   if moved < total:
     assert not set(done) & set(again), 'what was there was not done twice'
@@ -51,22 +51,22 @@ def test_an_interrupted_export_does_the_rest_and_equals_an_undisturbed_one(
 
 
 def test_what_another_conversion_left_is_not_mixed_in(ours, hf, tmp_path, monkeypatch):
-  real, done = stream.move, []
+  real, done = workplace.move, []
 
   def some(job):
     done.append(job)
     return real(job) if len(done) < 20 else pytest.fail('stop')
 
-  monkeypatch.setattr(stream, 'move', some)
+  monkeypatch.setattr(workplace, 'move', some)
   with pytest.raises(pytest.fail.Exception):
     convert(find_form(ours), 'hf', tmp_path / 'hf', None, Options(dtype='bfloat16'))
-  monkeypatch.setattr(stream, 'move', real)
+  monkeypatch.setattr(workplace, 'move', real)
   convert(find_form(ours), 'hf', tmp_path / 'hf', None, Options())
   assert case.contents(tmp_path / 'hf') == case.contents(hf)
 
 
 def test_damage_done_in_between_is_done_again(ours, hf, tmp_path, monkeypatch):
-  real, lines = stream.move, []
+  real, lines = workplace.move, []
 
   def some(job):
     if len(lines) == 30:
@@ -74,12 +74,12 @@ def test_damage_done_in_between_is_done_again(ours, hf, tmp_path, monkeypatch):
     lines.append(job.name)
     return real(job)
 
-  monkeypatch.setattr(stream, 'move', some)
-  monkeypatch.setattr(stream, 'THREADS', 1)
+  monkeypatch.setattr(workplace, 'move', some)
+  monkeypatch.setattr(workplace, 'THREADS', 1)
   with pytest.raises(Killed):
     convert(find_form(ours), 'hf', tmp_path / 'hf', None, Options())
   case.edit_tensor(tmp_path / 'hf.partial', lines[3], lambda x: x * 0)
-  monkeypatch.setattr(stream, 'move', real)
+  monkeypatch.setattr(workplace, 'move', real)
   convert(find_form(ours), 'hf', tmp_path / 'hf', None, Options())
   assert case.contents(tmp_path / 'hf') == case.contents(hf)
 
@@ -87,7 +87,7 @@ def test_damage_done_in_between_is_done_again(ours, hf, tmp_path, monkeypatch):
 def test_a_second_process_on_the_same_output_is_refused(ours, tmp_path):
   from etils import epath
 
-  work = stream.Workplace(epath.Path(tmp_path / 'hf'), {})
+  work = workplace.Workplace(epath.Path(tmp_path / 'hf'), {})
   with pytest.raises(ConvertError, match='Another process is converting'):
     convert(find_form(ours), 'hf', tmp_path / 'hf', None, Options())
   work.close()

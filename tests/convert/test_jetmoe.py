@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert import hf_config, sizes
-from convert.convert import Options, convert, find_form, model_shapes
+from convert import sizes
+from convert.core.names import NamesError, classifier_table, hf_names, name_table, to_hf
+from convert.core.tensors import ConvertError
+from convert.formats import hf_config
 from convert.forward import forward
 from convert.load import load_classifier, load_params
-from convert.names import NamesError, classifier_table, hf_names, name_table, to_hf
-from convert.tensors import ConvertError
+from convert.run import Options, convert, find_form, model_shapes
 from openmoe.models import build_model
 from openmoe.train_state import abstract_params
 from tests.convert import case

@@ -4,10 +4,10 @@ import flax.traverse_util
 import pytest
 
 from convert import sizes
-from convert.convert import model_shapes
-from convert.names import NamesError, check_names, name_table
-from convert.tensors import ConvertError
-from convert.zarrays import kvstore
+from convert.core.names import NamesError, check_names, name_table
+from convert.core.tensors import ConvertError
+from convert.formats.zarrays import kvstore
+from convert.run import model_shapes
 from openmoe.train_state import abstract_params, model_fields
 
 

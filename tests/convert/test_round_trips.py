@@ -9,10 +9,10 @@ import pytest
 import safetensors
 import tensorstore
 
-from convert.convert import Options, convert, find_form
-from convert.names import name_table
-from convert.tensors import ConvertError
-from openmoe.checkpoint import Checkpointer
+from convert.core.names import name_table
+from convert.core.tensors import ConvertError
+from convert.run import Options, convert, find_form
+from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.train_state import abstract_params, identity
 from tests.convert import case
 
@@ -135,7 +135,7 @@ def test_receipt_has_every_tensor_once_with_its_digests(ours, hf, t5x):
 
 
 def test_inspect_reads_no_tensor(t5x, monkeypatch):
-  monkeypatch.setattr('convert.tensors.Stored.whole', lambda self: pytest.fail('it was read'))
+  monkeypatch.setattr('convert.core.tensors.Stored.whole', lambda self: pytest.fail('it was read'))
   found = json.loads(case.cli('inspect', t5x, '--json'))
   assert found['step'] == case.STEP
   assert found['sizes']['num_experts'] == 4

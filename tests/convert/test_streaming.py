@@ -5,8 +5,8 @@ import threading
 import numpy as np
 import pytest
 
-from convert.stream import MEMORY, Budget, Job
-from convert.tensors import PIECE, Stored, Writable, transpose
+from convert.core.tensors import PIECE, Stored, Writable, transpose
+from convert.workplace import MEMORY, Budget, Job
 from scripts.benchmarks import convert_stream
 from tests.convert import case
 

@@ -6,8 +6,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from convert.convert import Options, convert, find_form
-from convert.names import name_table
+from convert.core.names import name_table
+from convert.run import Options, convert, find_form
 from openmoe.config import ModelConfig, MoEConfig
 from tests.convert import case
 from tests.parity import t5x as parity

@@ -14,13 +14,13 @@ transformers = pytest.importorskip('transformers')
 
 from torch.nn import functional
 
-from convert.convert import find_form
-from convert.names import name_table
+from convert.core.names import name_table
+from convert.run import find_form
 from convert.torch.configuration_openmoe import OpenMoeConfig
 from convert.torch.experts_openmoe import expert_capacity, router_losses
 from convert.torch.modeling_openmoe import OpenMoeForCausalLM
 from openmoe.config import CapacityConvention
-from openmoe.layers import router
+from openmoe.layers.moe import router
 from tests.convert import case
 from tests.parity import torch_openmoe as parity
 

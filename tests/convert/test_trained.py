@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.convert import Options, convert, find_form
-from convert.names import name_table
+from convert.core.names import name_table
+from convert.run import Options, convert, find_form
 from convert.sizes import of_form
-from openmoe import checkpoint
+from openmoe.checkpoint import checkpointer as checkpoint
 from openmoe.config import OptimizerConfig
 from openmoe.optimizer import learning_rate, make_optimizer
 from openmoe.train_state import TrainState, abstract_params, identity, model_fields

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from openmoe.config import ModelConfig, MoEConfig
-from openmoe.inference import LanguageModel
+from openmoe.inference.model import LanguageModel
+from openmoe.inference.placement import inference_mesh
 from openmoe.models import build_model
-from openmoe.placement import inference_mesh
 from openmoe.train_state import empty_batch
 from openmoe.types import Batch
 

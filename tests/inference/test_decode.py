@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from openmoe.config import ConfigError
-from openmoe.decode import Sampling, sample
-from openmoe.inference import CapacityWarning, bucket, row_keys
+from openmoe.inference.decode import Sampling, sample
+from openmoe.inference.model import CapacityWarning, bucket, row_keys
 from tests.inference import case
 
 PROMPTS = [[5, 9, 33, 8, 60], [7], [11, 12, 50, 3, 3, 4, 9], [40, 41], [22, 21, 20]]

@@ -7,9 +7,9 @@ import pathlib
 
 import pytest
 
-from openmoe import chat
 from openmoe.config import ConfigError
-from openmoe.inference import Score
+from openmoe.inference import chat
+from openmoe.inference.model import Score
 from scripts.lm_eval import Adapter, register
 from tests.inference import case
 

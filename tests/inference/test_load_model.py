@@ -12,14 +12,15 @@ import pytest
 import seqio
 from safetensors.numpy import load_file, save_file
 
-from convert import hf_jetmoe, sizes
-from convert.hf_config import to_hf
-from convert.names import name_table
-from convert.names import to_hf as hf_tensors
-from openmoe.checkpoint import Checkpointer
+from convert import sizes
+from convert.core.names import name_table
+from convert.core.names import to_hf as hf_tensors
+from convert.formats import hf_jetmoe
+from convert.formats.hf_config import to_hf
+from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.config import ConfigError, ModelConfig
 from openmoe.data.vocabulary import Vocabulary, train_vocabulary
-from openmoe.inference import LanguageModel
+from openmoe.inference.model import LanguageModel
 from openmoe.train_state import TrainState, abstract_params, identity
 from scripts.load_model import load
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from openmoe import inference
+from openmoe.inference import model as inference
 from tests.inference import case
 
 # One token, several; equal contexts, an empty one; an empty continuation.
@@ -30,7 +30,7 @@ def test_scores_equal_the_full_forward(name):
 def test_greedy_continuations_are_called_greedy():
   model = case.model('jetmoe')
   (found,) = model.generate([[5, 9, 33]], 4)[0]
-  (score,) = model.score([([5, 9, 33], found.tokens)])
+  (score,) = inference.score([([5, 9, 33], found.tokens)])
   assert score.is_greedy and score.token_log_probs == pytest.approx(found.log_probs, abs=2e-5)
 
 

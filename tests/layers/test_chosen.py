@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from openmoe import placement
 from openmoe.config import MoEConfig
-from openmoe.layers.chosen import MOST_TOKENS_TURNED
-from openmoe.layers.experts import PerExpert, at_expert, split_axes, times, turn
-from openmoe.layers.grouped import Kernel, grouped_matmul
-from openmoe.layers.router import route
-from openmoe.layers.transport import through_experts
+from openmoe.inference import placement
+from openmoe.layers.moe.chosen import MOST_TOKENS_TURNED
+from openmoe.layers.moe.exchange import through_experts
+from openmoe.layers.moe.experts import PerExpert, at_expert, split_axes, times, turn
+from openmoe.layers.moe.grouped.api import Kernel, grouped_matmul
+from openmoe.layers.moe.router import route
 
 E, K, D, O = 6, 2, 8, 12  # noqa: E741 (o is the output axis)
 AXES = ('act_group', None, None)

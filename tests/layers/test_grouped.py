@@ -8,10 +8,11 @@ import pytest
 
 from openmoe import partitioning
 from openmoe.config import MeshConfig, MoEConfig
-from openmoe.layers import dispatch as dispatching
-from openmoe.layers import grouped_blocked, moe
-from openmoe.layers.grouped import Kernel, block_layout, grouped_matmul, grouped_mlp
 from openmoe.layers.mlp import DOUBLE_SWIGLU, SWIGLU
+from openmoe.layers.moe import dispatch as dispatching
+from openmoe.layers.moe import layer as moe
+from openmoe.layers.moe.grouped import blocked
+from openmoe.layers.moe.grouped.api import Kernel, block_layout, grouped_matmul, grouped_mlp
 
 E, D, F, ROWS = 5, 128, 128, 300
 KERNELS = (Kernel.BLOCKED, Kernel.MEGABLOX, Kernel.PADDED)  # Mosaic GPU needs a Hopper GPU
@@ -89,7 +90,7 @@ def test_chunks_cover_every_row_once(counts):
   rows_e = -(-np.asarray(counts) // 8) * 8
   start_e = np.cumsum(rows_e) - rows_e
   owner = np.full(rows_e.sum(), -1)
-  parts = grouped_blocked.chunks(jnp.asarray(start_e), jnp.asarray(rows_e), sizes, rows_e.sum() + 8)
+  parts = blocked.chunks(jnp.asarray(start_e), jnp.asarray(rows_e), sizes, rows_e.sum() + 8)
   for part in parts:
     assert int(part.count) <= part.start_c.size
     for c in range(int(part.count)):
@@ -101,7 +102,7 @@ def test_chunks_cover_every_row_once(counts):
 
 @pytest.mark.parametrize(('rows', 'experts'), [(8192, 16), (100, 8), (2, 8), (1 << 20, 8)])
 def test_padding_is_little(rows, experts):
-  align = grouped_blocked.ladder(rows, experts)[-1]
+  align = blocked.ladder(rows, experts)[-1]
   assert align == 8 or (align - 1) * experts <= rows / 16 + experts
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from openmoe.config import Dispatch, MoEConfig
 from openmoe.layers.attention import init_cache
-from openmoe.layers.moa import MixtureOfAttention
-from openmoe.layers.router import route
+from openmoe.layers.moe.moa import MixtureOfAttention
+from openmoe.layers.moe.router import route
 from openmoe.losses import router_losses
 from openmoe.types import RouterStats
 

@@ -10,9 +10,9 @@ import pytest
 
 from openmoe import partitioning
 from openmoe.config import ConfigError, Dispatch, MeshConfig, MoEConfig
-from openmoe.layers.grouped import block_layout, grouped_matmul
-from openmoe.layers.moe import MoeLayer, resolve_groups
-from openmoe.layers.router import expert_capacity
+from openmoe.layers.moe.grouped.api import block_layout, grouped_matmul
+from openmoe.layers.moe.layer import MoeLayer, resolve_groups
+from openmoe.layers.moe.router import expert_capacity
 from tests.layers import naive
 
 G, T, D, F, E, K = 8, 32, 16, 24, 8, 2

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from openmoe.config import CapacityConvention, ConfigError, MoEConfig
-from openmoe.layers.router import (
+from openmoe.layers.moe.router import (
   Router,
   assign_slots,
   expert_capacity,

@@ -34,7 +34,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from openmoe.config import ConfigError
-from openmoe.data.items import ASCII_WHITESPACE, Item, Prediction
+from openmoe.evaluation.items import ASCII_WHITESPACE, Item, Prediction
 from tasks.bigbench import files, metrics, prompts
 
 

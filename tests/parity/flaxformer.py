@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from convert.names import name_table
+from convert.core.names import name_table
 from openmoe import config as config_lib
-from openmoe.layers.router import upstream_group_size
+from openmoe.layers.moe.router import upstream_group_size
 from openmoe.optimizer import learning_rate, make_optimizer
 from openmoe.train_state import abstract_params, build_model
 from openmoe.train_step import loss_fn

@@ -28,11 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.convert import Options, convert, find_form
 from convert.load import load_params
+from convert.run import Options, convert, find_form
 from convert.sizes import of_form
 from openmoe.config import ModelConfig
-from openmoe.decode import inference_config
+from openmoe.inference.decode import inference_config
 from openmoe.models import build_model, init_decode_cache, unstack
 from openmoe.train_state import model_fields
 from openmoe.types import Batch, PyTree

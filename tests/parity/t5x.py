@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.convert import Options, convert, find_form
-from convert.names import name_table
+from convert.core.names import name_table
+from convert.run import Options, convert, find_form
 from openmoe import config as config_lib
-from openmoe.checkpoint import Checkpointer
-from openmoe.layers.router import upstream_group_size
+from openmoe.checkpoint.checkpointer import Checkpointer
+from openmoe.layers.moe.router import upstream_group_size
 from openmoe.optimizer import learning_rate, make_optimizer
 from openmoe.train_state import TrainState, abstract_params, build_model, model_fields
 from openmoe.types import Batch, PyTree

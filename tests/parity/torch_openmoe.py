@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from convert.names import check_names, name_table
+from convert.core.names import check_names, name_table
 from convert.torch.configuration_openmoe import OpenMoeConfig
 from convert.torch.modeling_openmoe import OpenMoeForCausalLM
 from openmoe.config import CapacityConvention, Dispatch, ModelConfig, MoEConfig

@@ -12,10 +12,10 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from openmoe import evaluate
 from openmoe.config import ConfigError
 from openmoe.data import tfds_source
-from openmoe.data.items import Item, Prediction, Prompt
+from openmoe.evaluation import run as evaluate
+from openmoe.evaluation.items import Item, Prediction, Prompt
 from tasks.evaluation import answers, build, catalogue, code, leaderboard, records
 from tests.evaluation_case import FakeModel, Silent
 

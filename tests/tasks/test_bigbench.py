@@ -18,7 +18,7 @@ import pytest
 import seqio
 
 from openmoe.config import ConfigError
-from openmoe.data.items import Prediction
+from openmoe.evaluation.items import Prediction
 from scripts import fetch_bigbench_lite
 from tasks.bigbench import files, lite, metrics, prompts, rouge
 from tests.parity import bigbench as parity

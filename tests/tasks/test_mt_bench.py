@@ -17,7 +17,7 @@ QUESTIONS = [
 
 
 class Template:
-  """Stands in for openmoe.chat's."""
+  """Stands in for openmoe.inference.chat's."""
 
   name, stop = 'openmoe', ('</s>',)
 

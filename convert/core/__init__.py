@@ -1,0 +1,1 @@
+"""What every form of a checkpoint shares: names, tensors, interfaces."""

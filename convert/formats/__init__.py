@@ -1,0 +1,1 @@
+"""The forms of checkpoints: ours, t5x, Hugging Face."""

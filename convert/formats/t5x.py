@@ -1,0 +1,241 @@
+"""t5x checkpoints: a flax msgpack file `checkpoint` and one zarr directory per large array.
+
+Written from the format alone; t5x is not needed. Leaves lie in the msgpack, or there is a
+TensorStore spec in their place whose last path component names a directory beside it. Driver and
+bucket of the spec are ignored, as t5x itself ignores them: a checkpoint may have been moved.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgpack
+import numpy as np
+from etils import epath
+
+from convert.core.forms import Form, Sink
+from convert.core.names import Row, name_problems, name_table
+from convert.core.tensors import DTYPES, ConvertError, Stored, Writable, as_bytes, write_synced
+from convert.formats.zarrays import ZarrStore, missing_chunks
+from openmoe.config import Architecture, ModelConfig
+
+SLOTS = ('m', 'v', 'v_row', 'v_col')
+VERSION = 3
+# Float weights hardly compress: a level below 0 keeps the format and leaves out the effort.
+CODECS = {'zstd': {'id': 'zstd', 'level': -1}, 'gzip': {'id': 'gzip', 'level': 1}}
+_NDARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # msgpack extension codes of flax.serialization
+_LARGEST_INLINE = 1 << 30
+
+
+def _dtype(name: str) -> np.dtype:
+  return DTYPES['bfloat16'] if name in ('bfloat16', 'V2') else np.dtype(name)
+
+
+def _decode(code: int, data: bytes):
+  """flax's msgpack extensions: arrays and NumPy scalars, both as (shape, dtype name, bytes)."""
+  if code not in (_NDARRAY, _SCALAR):
+    raise ConvertError(f'The checkpoint file holds msgpack extension {code}; known are 1 and 3.')
+  shape, name, content = msgpack.unpackb(data, raw=False, max_bin_len=_LARGEST_INLINE)
+  return np.frombuffer(content, _dtype(name)).reshape(shape)
+
+
+def _encode(x: np.ndarray) -> msgpack.ExtType:
+  packed = msgpack.packb((list(x.shape), x.dtype.name, bytes(as_bytes(x))), use_bin_type=True)
+  return msgpack.ExtType(_NDARRAY, packed)
+
+
+def _unchunk(node: Mapping) -> np.ndarray:
+  """Arrays too large for one msgpack value are stored flat in pieces."""
+  parts = [node['chunks'][str(i)] for i in range(len(node['chunks']))]
+  shape = tuple(int(node['shape'][str(i)]) for i in range(len(node['shape'])))
+  return np.concatenate(parts).reshape(shape)
+
+
+def _leaves(node: Any, path: str = '') -> Iterator[tuple[str, Any]]:
+  """('/'-joined path, array or directory name) of every leaf."""
+  if isinstance(node, np.ndarray) or np.isscalar(node):
+    yield path, np.asarray(node)
+  elif not isinstance(node, Mapping):
+    raise ConvertError(f'{path} in the checkpoint file is a {type(node).__name__}, not an array.')
+  elif '__msgpack_chunked_array__' in node:
+    yield path, _unchunk(node)
+  elif 'driver' in node and 'kvstore' in node:
+    yield path, os.path.basename(str(node['kvstore'].get('path', '')).rstrip('/'))
+  else:
+    for key, child in node.items():
+      yield from _leaves(child, f'{path}/{key}' if path else str(key))
+
+
+class T5xForm(Form):
+  """Reads a t5x checkpoint.
+
+  Args:
+    path: the checkpoint directory, local or gs://.
+
+  Raises:
+    ConvertError: if the msgpack file cannot be read or is of another version.
+  """
+
+  kind = 't5x'
+
+  def __init__(self, path: os.PathLike | str):
+    self.path = epath.Path(path)
+    self._store = ZarrStore(path)
+    try:
+      content = msgpack.unpackb(
+        (self.path / 'checkpoint').read_bytes(),
+        ext_hook=_decode,
+        raw=False,
+        strict_map_key=False,
+        max_bin_len=_LARGEST_INLINE,
+        max_ext_len=_LARGEST_INLINE,
+      )
+      version, tree = content['version'], content['optimizer']
+      self._leaves = dict(_leaves(tree))
+    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+      raise ConvertError(f'{self.path}/checkpoint is not a whole t5x msgpack: {error!r}') from error
+    if version != VERSION:
+      raise ConvertError(f'{self.path} is a t5x checkpoint of version {version}; known is 3.')
+    if 'state/step' in self._leaves:
+      self.step = int(self._leaves['state/step'])
+
+  def _stored(self, path: str) -> Stored:
+    leaf = self._leaves[path]
+    if isinstance(leaf, str):
+      # TensorStore omits chunks of zeros unless told otherwise, and moments may be zero.
+      return self._store.stored(
+        leaf, label=path, missing_is_zero=path.startswith('state/param_states/')
+      )
+    read = lambda start, stop: leaf[start:stop] if leaf.ndim else leaf
+    return Stored(path, leaf.shape, leaf.dtype, read, max(1, len(leaf) if leaf.ndim else 1))
+
+  def tensors(self) -> dict[str, Stored]:
+    return {path: self._stored(path) for path in sorted(self._leaves)}
+
+  def parameter(self, row: Row) -> Stored:
+    return self._stored(f'target/{row.t5x}')
+
+  def check_names(self, rows: Sequence[Row]) -> list[str]:
+    found = [p.removeprefix('target/') for p in self._leaves if p.startswith('target/')]
+    return name_problems(found, [row.t5x for row in rows])
+
+  def slots(self, row: Row) -> dict[str, Stored]:
+    """Adafactor's slots of a parameter by name; unused ones have shape (1,)."""
+    base = f'state/param_states/{row.t5x}'
+    return {s: self._stored(f'{base}/{s}') for s in SLOTS if f'{base}/{s}' in self._leaves}
+
+  @property
+  def has_optimizer(self) -> bool:
+    return any(path.startswith('state/param_states/') for path in self._leaves)
+
+  def problems(self) -> Iterator[str]:
+    named = {leaf for leaf in self._leaves.values() if isinstance(leaf, str)}
+    there = set(self._store.names())
+    yield from (f'{name} is a directory that `checkpoint` does not name' for name in there - named)
+    for path, leaf in sorted(self._leaves.items()):
+      if not isinstance(leaf, str):
+        continue
+      if leaf not in there:
+        yield f'{path}: its directory {leaf} is missing'
+      elif path.startswith('target/'):
+        for chunk in missing_chunks(self._store.open(leaf)):
+          yield f'{path}: chunk {chunk} is missing'
+
+  def sizes(self) -> dict[str, Any]:
+    """Everything but how heads x head_dim divides, which no shape tells."""
+    shape = lambda path: self._stored(path).shape
+    layers = {p.split('/')[2] for p in self._leaves if p.startswith('target/decoder/layers_')}
+    routers = [p for p in self._leaves if p.startswith('target/') and p.endswith('/w/kernel')]
+    wo = [
+      p
+      for p in self._leaves
+      if p.startswith('target/') and p.endswith(('layers_0/mlp/wo/kernel', '/expert/wo/kernel'))
+    ]
+    sizes = {'num_layers': len(layers), 'num_sparse_layers': len(routers)}
+    sizes['architecture'] = Architecture.OPENMOE.value  # t5x has no other
+    if 'target/token_embedder/embedding' in self._leaves:
+      embedding = shape('target/token_embedder/embedding')
+      sizes |= dict(zip(('vocab_size', 'embed_dim'), embedding, strict=True))
+    if routers:
+      sizes['num_experts'] = shape(routers[0])[-1]
+    if wo:
+      sizes['mlp_dim'] = shape(wo[0])[-2]
+    return sizes
+
+
+class T5xSink(Sink):
+  """Writes a t5x checkpoint; readable by t5x, or by plain msgpack and TensorStore.
+
+  Args:
+    path: directory that becomes the checkpoint.
+    step: its optimizer step.
+    codec: 'zstd' (today's t5x) or 'gzip' (the released checkpoints).
+  """
+
+  kind = 't5x'
+
+  def __init__(self, path: epath.Path, step: int, codec: str = 'zstd'):
+    self._path = path
+    self._store = ZarrStore(path)
+    self._codec = CODECS[codec]
+    self._step = step
+    self._tree: dict[str, Any] = {}
+
+  def _add(self, path: str, shape: tuple[int, ...], dtype: np.dtype, unit: int) -> None:
+    name = path.replace('/', '.')
+    self._store.create(name, shape, dtype, 0, unit, self._codec)
+    array = self._store.open(name)
+    self._set(
+      path,
+      {
+        'driver': 'zarr',
+        'dtype': dtype.name,
+        'kvstore': {'driver': 'file', 'path': name},
+        'metadata': {
+          'chunks': list(array.chunk_layout.read_chunk.shape),
+          'compressor': self._codec,
+          'shape': list(shape),
+        },
+      },
+    )
+
+  def _set(self, path: str, leaf: Any) -> None:
+    *parents, last = path.split('/')
+    node = self._tree
+    for key in parents:
+      node = node.setdefault(key, {})
+    node[last] = leaf
+
+  def prepare(self, config: ModelConfig, sources: Mapping[str, Stored], dtype: np.dtype) -> None:
+    self._set('state/step', np.asarray(self._step, np.int32))
+    for row in name_table(config):
+      source = sources[row.name]
+      self._add(f'target/{row.t5x}', source.shape, dtype, source.step())
+
+  def prepare_slots(self, slots: Mapping[str, Mapping[str, Stored]]) -> None:
+    """Lays out Adafactor's slots by t5x path of the parameter; those not in use are (1,) zeros."""
+    for path, used in slots.items():
+      for name in SLOTS:
+        where = f'state/param_states/{path}/{name}'
+        if name in used:
+          self._add(where, used[name].shape, used[name].dtype, used[name].step())
+        else:
+          self._set(where, np.zeros((1,), np.float32))
+
+  def parameter(self, row: Row) -> Writable:
+    return self._store.writable(f'target.{row.t5x}'.replace('/', '.'), label=f'target/{row.t5x}')
+
+  def slot(self, row: Row, name: str) -> Writable:
+    path = f'state/param_states/{row.t5x}/{name}'
+    return self._store.writable(path.replace('/', '.'), label=path)
+
+  def finish(self) -> None:
+    content = {'version': VERSION, 'optimizer': self._tree}
+    packed = msgpack.packb(content, default=_encode, use_bin_type=True, strict_types=True)
+    write_synced(self._path / 'checkpoint', packed)
+
+
+def is_t5x(path: epath.Path) -> bool:
+  return (path / 'checkpoint').is_file() if hasattr(path, 'is_file') else False

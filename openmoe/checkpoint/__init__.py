@@ -1,0 +1,1 @@
+"""Whole-or-absent checkpoints: saving, restoring, and what they say of themselves."""

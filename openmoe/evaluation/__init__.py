@@ -1,0 +1,1 @@
+"""Evaluation tasks to result files and figures."""

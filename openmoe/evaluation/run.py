@@ -1,0 +1,444 @@
+"""Evaluation: shows the items of tasks to a model and writes down what comes back.
+
+One straight line per task: items, prompts that fit, scores or texts, figures, one result file. What
+a prompt says and how an answer counts is the task's business (tasks/), how the model computes is
+openmoe/inference.py's.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import enum
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+from etils import epath
+
+from openmoe.config import ConfigError
+from openmoe.evaluation import results
+from openmoe.evaluation.items import EvaluationTask, Item, Prediction, Prompt
+from openmoe.inference.decode import Sampling
+
+# Texts whose tokens tell tokenizers apart that have no fingerprint of their own.
+_PROBES = ('The quick brown fox.\n\n  x = 1', 'Ünïcödé 漢字 🙂', '<extra_id_0> </s> [INST]')
+_SPARE_TOKENS = 8  # a generated answer may be so much longer than the longest that is expected
+
+
+class PromptMode(enum.Enum):
+  """How prompts are made and cut.
+
+  REFERENCE: as the released evaluation did, quirks kept; a prompt that is too long loses its end,
+    and with it the question.
+  FIXED: a prompt that is too long loses shots, first ones first; the question stays.
+  """
+
+  REFERENCE = 'reference'
+  FIXED = 'fixed'
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+  """What is evaluated and how.
+
+  Attributes:
+    checkpoint: run directory, checkpoint_<step> folder or Hugging Face folder.
+    out_dir: for result files.
+    tasks: names; tasks/evaluation/catalogue.py lists them.
+    model: name of its sizes (gin/models), to be checked; None takes what the checkpoint says.
+    vocabulary: SentencePiece model, for checkpoints that do not say theirs.
+    dtype: of activations and of the layers' kernels.
+    max_length: tokens of prompt and answer together; None is what the model was made for.
+    shots: solved examples in a prompt; None is what each task is published with.
+    prompt_mode: 'fixed' or 'reference'.
+    max_items: evaluate only so many items of each task, the first ones; None for all.
+    max_new_tokens: most tokens of a generated text; None is what each task asks for.
+    chunk: items between two updates of the display.
+    seed: of sampled texts and of the bootstrap.
+    resamples: of the bootstrap.
+    bigbench_dir: where scripts.fetch_bigbench_lite put the task files.
+    data_dir: holds the files of the other benchmarks, one folder each.
+    every_kind: also generate text for BIG-bench tasks whose tables show ranked choices.
+    samples: texts per program (HumanEval, MBPP); pass@k needs at least k.
+    temperature: of those samples.
+  """
+
+  checkpoint: str
+  out_dir: str
+  tasks: tuple[str, ...]
+  model: str | None = None
+  vocabulary: str | None = None
+  dtype: str = 'float32'
+  max_length: int | None = None
+  shots: int | None = None
+  prompt_mode: str = 'fixed'
+  max_items: int | None = None
+  max_new_tokens: int | None = None
+  chunk: int = 64
+  seed: int = 0
+  resamples: int = 1000
+  bigbench_dir: str = 'runs/bigbench_lite'
+  data_dir: str = 'runs/evaluation_data'
+  every_kind: bool = False
+  samples: int = 1
+  temperature: float = 0.0
+
+  def __post_init__(self):
+    modes = [mode.value for mode in PromptMode]
+    if self.prompt_mode not in modes:
+      raise ConfigError(f'prompt_mode={self.prompt_mode!r} must be one of {modes}.')
+    if isinstance(self.tasks, str) or not self.tasks:
+      raise ConfigError(f"tasks={self.tasks!r} must be a tuple of names, such as ('triviaqa',).")
+    if self.shots is not None and self.shots < 0:
+      raise ConfigError(f'shots={self.shots} must be 0 or more, or None.')
+    for name in ('max_items', 'max_new_tokens', 'chunk', 'resamples', 'samples'):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ConfigError(f'{name}={value} must be at least 1.')
+
+
+class Model(Protocol):
+  """What openmoe.inference.model.LanguageModel gives; tests use a fake."""
+
+  name: str
+  fingerprint: str
+  vocabulary: Any
+  max_length: int
+  dropped_fraction: float
+
+  def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Any]: ...
+
+  def generate(
+    self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any
+  ) -> list[list[Any]]: ...
+
+
+class Display(Protocol):
+  """Shown progress; scripts/evaluate.py has one for terminals."""
+
+  def begin(self, task: str, items: int) -> None: ...
+  def advance(self, items: int) -> None: ...
+  def end(self, result: Mapping[str, Any], resumed: bool) -> None: ...
+
+
+def tokenizer_digest(vocabulary: Any) -> str:
+  """Tells tokenizers apart by content."""
+  if hasattr(vocabulary, 'fingerprint'):
+    return vocabulary.fingerprint()
+  content = [vocabulary.vocab_size, *(list(map(int, vocabulary.encode(p))) for p in _PROBES)]
+  return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+  """A prompt as the model gets it.
+
+  Attributes:
+    text: with the shots that are left.
+    ids: its tokens.
+    shots: how many are left.
+    cut: tokens that were cut off: at the end in reference mode, else at the beginning.
+  """
+
+  text: str
+  ids: tuple[int, ...]
+  shots: int
+  cut: int
+
+
+def fit(
+  prompt: Prompt,
+  room: int,
+  encode: Callable[[str], Sequence[int]],
+  mode: PromptMode,
+  input_length: int | None = None,
+) -> Fitted:
+  """A prompt in at most `room` tokens; see PromptMode.
+
+  In fixed mode the shots go one by one, and only when the bare question is still too long does its
+  beginning go. In reference mode input_length is a limit as well.
+  """
+  if mode is PromptMode.REFERENCE:
+    ids, length = encode(prompt.text()), min(room, input_length or room)
+    return Fitted(prompt.text(), tuple(ids[:length]), len(prompt.shots), max(0, len(ids) - length))
+  for shots in range(len(prompt.shots), -1, -1):
+    ids = encode(prompt.text(shots))
+    if len(ids) <= room:
+      return Fitted(prompt.text(shots), tuple(ids), shots, 0)
+  return Fitted(prompt.text(0), tuple(ids[len(ids) - room :]), 0, len(ids) - room)
+
+
+class _Encoder:
+  """Text to ids, for one model and mode."""
+
+  def __init__(self, model: Model, config: EvaluationConfig, task: EvaluationTask):
+    self._vocabulary = model.vocabulary
+    self._max_length = model.max_length
+    self._mode = PromptMode(config.prompt_mode)
+    self._task = task
+
+  def ids(self, text: str) -> list[int]:
+    return [int(i) for i in self._vocabulary.encode(text)]
+
+  def _fit(self, prompt: Prompt, after: int) -> Fitted:
+    room = self._max_length - 1 - after  # 1 for the id 0 that begins every sequence
+    if room < 1:
+      raise ConfigError(
+        f'{self._task.name}: {after} tokens after the prompt leave none of the {self._max_length} '
+        'of the model; lower max_new_tokens, or leave the task out.'
+      )
+    return fit(prompt, room, self.ids, self._mode, self._task.reference_length)
+
+  def choices(self, item: Item) -> tuple[list[Fitted], list[list[int]]]:
+    """(prompt, continuation ids) of every choice; all of them keep the same number of shots."""
+    eos = [self._vocabulary.eos_id] if self._task.append_eos else []
+    asked = item.prompts or (item.prompt,) * len(item.choices)
+    continuations = [self.ids(choice) + eos for choice in item.choices]
+    longest = max(map(len, continuations))
+    if not item.prompts:
+      prompts = [self._fit(item.prompt, longest)] * len(item.choices)
+    else:
+      shots = min(self._fit(prompt, longest).shots for prompt in asked)
+      least = [dataclasses.replace(p, shots=p.shots[len(p.shots) - shots :]) for p in asked]
+      prompts = [self._fit(prompt, longest) for prompt in least]
+    if self._task.joint:
+      pairs = zip(prompts, item.choices, continuations, strict=True)
+      continuations = [self._after(p, choice) + eos if not p.cut else c for p, choice, c in pairs]
+    return prompts, continuations
+
+  def _after(self, prompt: Fitted, choice: str) -> list[int]:
+    """Tokens of prompt and choice as one text, from where the prompt's own end."""
+    whole = self.ids(prompt.text + choice)
+    # A choice that melts into the prompt's last token would have none of its own.
+    return whole[len(prompt.ids) :] or self.ids(choice)
+
+  def question(self, item: Item, new_tokens: int) -> Fitted:
+    return self._fit(item.prompt, new_tokens)
+
+
+def _digest(ids: Sequence[Sequence[int]]) -> str:
+  return hashlib.sha256(json.dumps([list(map(int, i)) for i in ids]).encode()).hexdigest()[:16]
+
+
+def _score_items(model: Model, encoder: _Encoder, items: Sequence[Item]):
+  """Yields (record, prediction) of each item whose choices are ranked."""
+  encoded = [encoder.choices(item) for item in items]
+  requests = [
+    (prompt.ids, continuation)
+    for prompts, continuations in encoded
+    for prompt, continuation in zip(prompts, continuations, strict=True)
+  ]
+  scores = iter(model.score(requests))
+  for item, (prompts, continuations) in zip(items, encoded, strict=True):
+    found = [next(scores) for _ in continuations]
+    prediction = Prediction(
+      log_probs=tuple(float(score.log_prob) for score in found),
+      lengths=tuple(map(len, continuations)),
+      greedy=tuple(bool(score.is_greedy) for score in found),
+    )
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    record = {
+      'name': item.name,
+      'prompt': texts[0] if len(texts) == 1 else texts,
+      'shots': prompts[0].shots,
+      'cut': max(prompt.cut for prompt in prompts),
+      'tokens': _digest([*(p.ids for p in prompts), *continuations]),
+      'choices': list(item.choices),
+      'prediction': item.choices[max(range(len(found)), key=prediction.log_probs.__getitem__)],
+      'log_probs': list(prediction.log_probs),
+      'token_log_probs': [[round(float(x), 6) for x in s.token_log_probs] for s in found],
+    }
+    yield record, prediction
+
+
+def _new_tokens(task: EvaluationTask, config: EvaluationConfig, encoder, items) -> int:
+  if config.max_new_tokens or task.max_new_tokens:
+    return config.max_new_tokens or task.max_new_tokens
+  return max(len(encoder.ids(a)) for item in items for a in item.answers) + _SPARE_TOKENS
+
+
+def _generate_items(model, encoder, task, config, items: Sequence[Item], new_tokens: int):
+  """Yields (record, prediction) of each item that is answered with text."""
+  prompts = [encoder.question(item, new_tokens) for item in items]
+  sampling = Sampling(temperature=task.temperature)
+  outputs = model.generate(
+    [prompt.ids for prompt in prompts],
+    new_tokens,
+    stop=task.stop,
+    sampling=sampling,
+    samples=task.samples,
+    seed=config.seed,  # the model keys draws by prompt and sample
+  )
+  for item, prompt, samples in zip(items, prompts, outputs, strict=True):
+    record = {
+      'name': item.name,
+      'prompt': prompt.text,
+      'shots': prompt.shots,
+      'cut': prompt.cut,
+      'tokens': _digest([prompt.ids]),
+      'answers': list(item.answers),
+      'texts': [sample.text for sample in samples],
+      'finish': [sample.finish for sample in samples],
+      'text_log_probs': [round(float(sum(sample.log_probs)), 5) for sample in samples],
+    }
+    yield record, Prediction(texts=tuple(sample.text for sample in samples))
+
+
+def settings(task: EvaluationTask, config: EvaluationConfig) -> dict[str, Any]:
+  """Everything besides the model that a task's figures depend on."""
+  return {
+    'prompt_mode': config.prompt_mode,
+    'shots': task.shots,
+    'input_length': task.reference_length if config.prompt_mode == 'reference' else None,
+    'max_items': config.max_items,
+    'max_new_tokens': config.max_new_tokens or task.max_new_tokens,
+    'samples': task.samples,
+    'temperature': task.temperature,
+    'append_eos': task.append_eos,
+    'joint_tokenization': task.joint,
+    'seed': config.seed,
+  }
+
+
+def identity(model: Model, task: EvaluationTask, config: EvaluationConfig) -> dict[str, Any]:
+  """The head of a result file: what must agree for a finished task not to be done again."""
+  return {
+    'task': task.name,
+    'group': task.group,
+    'model': {'name': model.name, 'fingerprint': model.fingerprint},
+    'tokenizer': tokenizer_digest(model.vocabulary),
+    'bos': f'id {getattr(model, "start_id", 0)} before every prompt',
+    'settings': settings(task, config) | {'max_length': model.max_length},
+  }
+
+
+def _finished(path: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+  """The result of an earlier run, None if there is none.
+
+  Raises:
+    ConfigError: there is one, of something else.
+  """
+  if not path.exists():
+    return None
+  found = results.load(path)
+  model = {key: found['model'][key] for key in ('name', 'fingerprint')}
+  for key, value in wanted.items():
+    other = model if key == 'model' else found.get(key)
+    if other != value:
+      raise ConfigError(
+        f'{path} holds a result with {key} {other}; now it is {value}. Choose another OUT_DIR, or '
+        'delete that file.'
+      )
+  return found
+
+
+def _measure(task: EvaluationTask, items: Sequence[Item], predictions: Sequence[Prediction]):
+  """Figures of each item, side by side: for a program to be measured is to be run."""
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    return list(pool.map(task.measure, items, predictions))
+
+
+def _answer(model, task, config, items: Sequence[Item], display):
+  """(records, predictions) of all items, in their order."""
+  encoder = _Encoder(model, config, task)
+  new_tokens = 0 if items[0].choices else _new_tokens(task, config, encoder, items)
+  records: list[dict[str, Any] | None] = [None] * len(items)
+  predictions: list[Prediction | None] = [None] * len(items)
+  # Alike lengths together, so that little of a batch is padding.
+  order = sorted(range(len(items)), key=lambda i: len(items[i].prompt.text()))
+  for begin in range(0, len(order), config.chunk):
+    chosen = order[begin : begin + config.chunk]
+    asked = [items[i] for i in chosen]
+    if asked[0].choices:
+      answered = list(_score_items(model, encoder, asked))
+    else:
+      answered = list(_generate_items(model, encoder, task, config, asked, new_tokens))
+    measured = _measure(task, asked, [prediction for _, prediction in answered])
+    for index, (record, prediction), measures in zip(chosen, answered, measured, strict=True):
+      record['measures'] = {name: float(value) for name, value in measures.items()}
+      records[index], predictions[index] = record, prediction
+    display.advance(len(chosen))
+  return records, predictions
+
+
+def evaluate_task(
+  model: Model, task: EvaluationTask, config: EvaluationConfig, display: Display
+) -> dict[str, Any]:
+  """Evaluates one task and writes its result file, or reads the one of an earlier run.
+
+  Returns:
+    The content of the result file.
+
+  Raises:
+    ConfigError: the file holds a result of another model or with other settings.
+  """
+  path = epath.Path(config.out_dir) / results.file_name(task.name)
+  head = identity(model, task, config)
+  found = _finished(path, head)
+  if found is not None:
+    display.end(found, resumed=True)
+    return found
+  items = list(task.items())[: config.max_items]
+  display.begin(task.name, len(items))
+  records, predictions = _answer(model, task, config, items, display)
+  head |= _figures(task, config, items, predictions, records)
+  head['model']['dropped_fraction'] = float(model.dropped_fraction)
+  if jax.process_index() == 0:
+    epath.Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    results.save(path, head, records)
+  result = {**head, 'items': records}
+  display.end(result, resumed=False)
+  return result
+
+
+def _figures(task, config, items, predictions, records) -> dict[str, Any]:
+  """Metrics of the whole task with intervals, and how many prompts had to be cut."""
+  metrics = {}
+  for name in records[0]['measures']:
+    values = [record['measures'][name] for record in records]
+    low, high = results.interval(results.bootstrap(values, config.resamples, config.seed))
+    metrics[name] = {'value': sum(values) / len(values), 'low95': low, 'high95': high}
+  if task.measure_all:
+    whole = task.measure_all(items, predictions)
+    metrics |= {name: {'value': float(value)} for name, value in whole.items()}
+  return {
+    'metric': task.metric,
+    'low': task.low,
+    'high': task.high,
+    'in_average': task.in_average,
+    'shots': task.shots,
+    'metrics': metrics,
+    'count': len(items),
+    'lost_shots': sum(record['shots'] < task.shots for record in records),
+    'cut_prompts': sum(record['cut'] > 0 for record in records),
+  }
+
+
+def evaluate(
+  model: Model, tasks: Sequence[EvaluationTask], config: EvaluationConfig, display: Display
+) -> list[results.Row]:
+  """Evaluates tasks one after the other; those that were finished before are read.
+
+  Of several processes all do the same, and the first one writes; all have to see its files.
+
+  Returns:
+    The rows of the table, also written as summary.json and summary.csv.
+
+  Raises:
+    ConfigError: see evaluate_task.
+  """
+  found = [evaluate_task(model, task, config, display) for task in tasks]
+  rows = results.summarise(found, config.resamples, config.seed)
+  head = {
+    'model': {'name': model.name, 'fingerprint': model.fingerprint},
+    'tokenizer': tokenizer_digest(model.vocabulary),
+    'prompt_mode': config.prompt_mode,
+    'seed': config.seed,
+  }
+  if jax.process_index() == 0:
+    results.save_summary(epath.Path(config.out_dir), rows, head)
+  return rows

@@ -1,0 +1,1 @@
+"""Using a model: opening, placing, decoding, scoring."""

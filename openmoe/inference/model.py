@@ -1,0 +1,444 @@
+"""A language model as text tools want it: parameters on devices, a vocabulary, batches.
+
+`LanguageModel` continues prompts and scores continuations. How requests are put into batches does
+not matter to what they give (float32; capacity aside): rows do not see each other, positions do not
+count padding, and draws are keyed by a request's own tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from openmoe import partitioning
+from openmoe.config import ConfigError, ModelConfig
+from openmoe.inference.chat import OPENMOE, ChatTemplate, Messages
+from openmoe.inference.decode import Drops, Sampling, State, bucket, extend, inference_config, start
+from openmoe.inference.placement import cast, fingerprint, splits_experts, turn_experts
+from openmoe.inference.scoring import score
+from openmoe.models import unstack
+from openmoe.types import PyTree
+
+CHECK_EVERY = 16  # new tokens between two looks at the text for stop strings
+SHOW_EVERY = 2  # and between two pieces of text that are shown as they come
+BATCH_TOKENS = 1 << 15  # slots of a batch, prompts and continuations
+
+
+class CapacityWarning(UserWarning):
+  """Routing with capacity dropped choices, so rows depended on their neighbours."""
+
+
+class TextVocabulary(Protocol):
+  """What is needed of a vocabulary; seqio's have it."""
+
+  eos_id: int
+  pad_id: int
+
+  def encode(self, text: str) -> Sequence[int]: ...
+
+  def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """Of one continuation.
+
+  Attributes:
+    log_prob: sum over its tokens, natural logarithm.
+    token_log_probs: one a token.
+    is_greedy: whether every token had the largest logit; True for no tokens.
+  """
+
+  log_prob: float
+  token_log_probs: tuple[float, ...]
+  is_greedy: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """One continuation.
+
+  Attributes:
+    text: ends before the stop string or EOS.
+    tokens: up to the one that completed the stop string, without EOS.
+    log_probs: of these tokens, natural logarithms, whatever the temperature.
+    finish: 'eos', 'stop' or 'length'.
+  """
+
+  text: str
+  tokens: tuple[int, ...]
+  log_probs: tuple[float, ...]
+  finish: str
+
+
+def row_keys(prompts: Sequence[Sequence[int]], samples: int, seed: int) -> np.ndarray:
+  """A random seed [prompts, samples] of each row: a function of seed, tokens and sample alone.
+
+  A prompt that comes again counts on from its earlier samples.
+  """
+  seen: dict[tuple[int, ...], int] = {}
+  seeds = np.zeros((len(prompts), samples), np.uint32)
+  for i, prompt in enumerate(prompts):
+    first = seen.get(tuple(prompt), 0)
+    seen[tuple(prompt)] = first + samples
+    for j in range(samples):
+      text = json.dumps([seed, first + j, *map(int, prompt)])
+      seeds[i, j] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], 'little')
+  return seeds
+
+
+@jax.jit
+def _keys(seed_b):
+  return jax.vmap(jax.random.key)(seed_b)
+
+
+class LanguageModel:
+  """Parameters of one model, ready to continue and to score.
+
+  Args:
+    config: of the model; its dtype is that of activations.
+    params: the scanned tree of training, float32, on the mesh if there is one; or, when
+      `unstacked`, as models.unstack gives it.
+    vocabulary: of text.
+    start_id: token that begins every sequence; the model adds it.
+    max_length: tokens of a sequence, prompt and continuation together.
+    name: for people and result files.
+    mesh: of inference_mesh.
+    capacity: see decode.inference_config.
+    batch_rows: rows of a batch at most.
+    chat_template: of encode_chat.
+
+  Attributes:
+    dropped_fraction: share of (token, choice) pairs that found no slot so far; 0.0 when dropless.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    params: PyTree,
+    vocabulary: TextVocabulary,
+    *,
+    start_id: int = 0,
+    max_length: int = 2048,
+    name: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    capacity: bool = False,
+    batch_rows: int = 16,
+    unstacked: bool = False,
+    chat_template: ChatTemplate = OPENMOE,
+  ):
+    self.config = inference_config(config, capacity)
+    self.vocabulary, self.start_id, self.max_length = vocabulary, start_id, max_length
+    self.name = name or config.name
+    self.mesh, self.chat_template = mesh, chat_template
+    self._rows = batch_rows
+    self._dropped = self._routed = 0.0
+    if not unstacked:
+      params = unstack(params, config, splits_experts(mesh, capacity))
+    with self._on_mesh():
+      params = jax.tree.map(jnp.asarray, cast(params, config))
+      self.params = params if mesh is not None else turn_experts(params, config)
+
+  def _on_mesh(self):
+    return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+  @cached_property
+  def fingerprint(self) -> str:
+    """sha256 of configuration and parameters as they are held; takes a second per gigabyte."""
+    return fingerprint(self.config, self.params)
+
+  @property
+  def dropped_fraction(self) -> float:
+    return self._dropped / self._routed if self._routed else 0.0
+
+  def encode_chat(self, messages: Messages, answer_follows: bool = True) -> list[int]:
+    """Token ids of a conversation, up to where the answer begins; see openmoe.inference.chat."""
+    text, vocabulary = self.chat_template.text(messages, answer_follows), self.vocabulary
+    return self.chat_template.encode(text, vocabulary.encode, int(vocabulary.eos_id))
+
+  # --- generation
+
+  def generate(
+    self,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    stop: Sequence[str] = (),
+    sampling: Sampling = Sampling(),
+    samples: int = 1,
+    seed: int = 0,
+    show: Callable[[str], None] | None = None,
+  ) -> list[list[Generation]]:
+    """Continues every prompt `samples` times.
+
+    Args:
+      prompts: token ids without the token that begins a sequence.
+      max_new_tokens: at most so many, and no more than max_length leaves.
+      stop: a continuation ends before the first of these, wherever tokens end.
+      sampling: greedy unless it says otherwise.
+      seed: of draws; the same seed and prompt give the same whatever else is asked for.
+      show: called with each new piece of the text; for one prompt and one sample.
+
+    Raises:
+      ConfigError: there is nothing to do, or a prompt leaves no room for a token.
+    """
+    if not prompts or max_new_tokens < 1 or samples < 1:
+      raise ConfigError(
+        f'{len(prompts)} prompts, max_new_tokens={max_new_tokens}, samples={samples}: '
+        'each must be at least 1.'
+      )
+    if any(not text for text in stop):
+      raise ConfigError(f'stop={list(stop)} has an empty string, which every text contains.')
+    if show is not None and len(prompts) * samples > 1:
+      raise ConfigError(f'{len(prompts)} prompts with {samples} samples cannot be shown at once.')
+    for i, prompt in enumerate(prompts):
+      self._check_ids(f'Prompt {i}', prompt)
+      self._check_length(f'Prompt {i}', len(prompt) + 2, 'shorten it')
+    all_seeds = row_keys(prompts, samples, seed)
+    results: list[list[Generation]] = [[] for _ in prompts]
+    for first in range(0, samples, self._rows):
+      seeds = all_seeds[:, first : first + self._rows]
+      for batch in self._prompt_batches(prompts, seeds.shape[1], max_new_tokens):
+        rows = _Rows([prompts[i] for i in batch], seeds[batch], self)
+        done = rows.run(max_new_tokens, tuple(stop), sampling, show)
+        for i, found in zip(batch, done, strict=True):
+          results[i] += found
+    return results
+
+  def _prompt_batches(self, prompts, samples: int, new: int) -> Iterator[list[int]]:
+    """Indices of prompts that go together."""
+    # Long ones first: the batch that may not fit into memory comes at once.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    most = self.max_length
+    while order:
+      slots = bucket(len(prompts[order[0]]) + 1, most) + bucket(min(new, most), most)
+      rows = max(1, min(self._rows, BATCH_TOKENS // slots))
+      count = max(1, rows // samples)
+      yield order[:count]
+      order = order[count:]
+
+  # --- scoring
+
+  def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
+    """Log-probabilities of continuations.
+
+    Args:
+      requests: (context, continuation) token ids, without the token that begins a sequence.
+        Continuations of the same context share its pass. An empty continuation has probability 1.
+
+    Raises:
+      ConfigError: a request is longer than max_length.
+    """
+    for i, (context, continuation) in enumerate(requests):
+      self._check_ids(f'Request {i}', [*context, *continuation])
+      length = len(context) + 1 + len(continuation)
+      self._check_length(f'Request {i}', length, 'cut its context from the left')
+    results: list[Score | None] = [
+      None if continuation else Score(0.0, (), True) for _, continuation in requests
+    ]
+    for batch in self._score_batches(requests):
+      for i, result in zip(batch, self._score([requests[i] for i in batch]), strict=True):
+        results[i] = result
+    return results
+
+  def _score_batches(self, requests) -> Iterator[list[int]]:
+    """Indices of requests that go together: the same context, then like lengths."""
+    key = lambda i: (-len(requests[i][0]), tuple(requests[i][0]), -len(requests[i][1]))
+    order = sorted((i for i, (_, c) in enumerate(requests) if c), key=key)
+    while order:
+      first = len(requests[order[0]][0]) + 1
+      batch, longest = [], 1
+      for i in order[: self._rows]:
+        new = max(longest, len(requests[i][1]))
+        slots = bucket(first, self.max_length) + bucket(new, self.max_length)
+        if batch and slots * (len(batch) + 1) > BATCH_TOKENS:
+          break
+        batch.append(i)
+        longest = new
+      yield batch
+      order = order[len(batch) :]
+
+  def _score(self, requests) -> Iterator[Score]:
+    contexts = {tuple(context): None for context, _ in requests}
+    index = {context: i for i, context in enumerate(contexts)}
+    tokens, lengths = self._padded([[self.start_id, *context] for context in contexts])
+    longest = max(len(continuation) for _, continuation in requests)
+    width = 1 if longest == 1 else 1 + bucket(longest - 1, least=8)
+    rows = self._row_count(len(requests))
+    targets, counts = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+    context_r = np.zeros(rows, np.int32)
+    for r, (context, continuation) in enumerate(requests):
+      targets[r, : len(continuation)] = continuation
+      counts[r], context_r[r] = len(continuation), index[tuple(context)]
+    with self._on_mesh():
+      out = score(self.params, tokens, lengths, context_r, targets, counts, config=self.config)
+      log_probs, greedy = np.asarray(out.log_probs_rn), np.asarray(out.greedy_rn)
+    self._note_drops(out.drops)
+    for (_, continuation), p, g in zip(requests, log_probs, greedy, strict=False):
+      n = len(continuation)
+      token_log_probs = tuple(p[:n].tolist())
+      yield Score(float(p[:n].sum(dtype=np.float64)), token_log_probs, bool(g[:n].all()))
+
+  # --- batches
+
+  def _padded(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [b, t], lengths [b]) in the shape of a bucket; rows of padding have length 0."""
+    length = bucket(max(map(len, rows)), self.max_length)
+    tokens = np.zeros((self._row_count(len(rows)), length), np.int32)
+    lengths = np.zeros(len(tokens), np.int32)
+    for i, row in enumerate(rows):
+      tokens[i, : len(row)], lengths[i] = row, len(row)
+    return tokens, lengths
+
+  def _row_count(self, rows: int) -> int:
+    """The next power of two that the mesh divides."""
+    shards = 1
+    if self.mesh is not None:
+      shards = self.mesh.shape[partitioning.DATA] * self.mesh.shape[partitioning.EXPERT]
+    return max(1 << (rows - 1).bit_length(), 1) if shards == 1 else -(-rows // shards) * shards
+
+  def _check_ids(self, what: str, ids: Sequence[int]) -> None:
+    wrong = [i for i in ids if not 0 <= i < self.config.vocab_size]
+    if wrong:
+      raise ConfigError(
+        f'{what} has the token {wrong[0]}; {self.name} has vocab_size={self.config.vocab_size}. '
+        f'Encode it with the vocabulary of this model.'
+      )
+
+  def _check_length(self, what: str, length: int, remedy: str) -> None:
+    if length > self.max_length:
+      raise ConfigError(
+        f'{what} needs {length} tokens with the one that begins a sequence, more than '
+        f'max_length={self.max_length} of {self.name}: {remedy}, or load the model with a larger '
+        f'max_length.'
+      )
+
+  def _note_drops(self, drops: Drops) -> None:
+    if self.config.moe is None or self.config.moe.dispatch.dropless:
+      return
+    dropped, routed = float(drops.dropped), float(drops.routed)
+    self._dropped, self._routed = self._dropped + dropped, self._routed + routed
+    warnings.warn(
+      f'{self.name} routes with capacity: {dropped / max(routed, 1):.1%} of the choices of experts '
+      f'found no slot in this batch ({self.dropped_fraction:.1%} so far), so what a prompt gives '
+      f'depends on its neighbours. Load the model without capacity for results of its own.',
+      CapacityWarning,
+      stacklevel=3,
+    )
+
+
+class _Rows:
+  """One batch of prompts that is being continued."""
+
+  def __init__(self, prompts, seeds_ps: np.ndarray, model: LanguageModel):
+    self._model, self._prompts = model, len(prompts)
+    self._tokens, self._lengths = model._padded([[model.start_id, *p] for p in prompts])
+    self._samples = seeds_ps.shape[1]
+    padded = np.zeros((len(self._tokens), self._samples), np.uint32)
+    padded[: len(prompts)] = seeds_ps
+    self._seeds = padded.reshape(-1)
+    self._known = [0] * self._seeds.size  # tokens of a row that hold no stop string
+    self._ends: dict[int, tuple[str, int]] = {}  # row -> (text, tokens) where it was stopped
+
+  def run(self, max_new: int, stop, sampling: Sampling, show) -> list[list[Generation]]:
+    """Continues all rows to their ends."""
+    model = self._model
+    room = model.max_length - int(self._lengths.max())
+    width = bucket(min(max_new, room), least=8)
+    every = SHOW_EVERY if show else CHECK_EVERY if stop else max_new
+    values = (np.float32(max(sampling.temperature, 1e-6)), np.float32(sampling.top_p))
+    fixed = {
+      'config': model.config,
+      'program': sampling.program,
+      'eos_id': int(model.vocabulary.eos_id),
+    }
+    real = np.repeat(self._lengths > 0, self._samples)
+    most = min(max_new, room)
+    shown = ''
+    with model._on_mesh():
+      limit = min(every, most)
+      state = start(
+        model.params,
+        self._tokens,
+        self._lengths,
+        _keys(self._seeds),
+        ~real,
+        np.int32(limit),
+        *values,
+        samples=self._samples,
+        max_new=width,
+        **fixed,
+      )
+      while True:
+        done = np.asarray(state.done_b).copy()
+        if stop:
+          self._look_for(stop, state, done)
+        if show:
+          shown = self._show(state, done, stop, shown, show)
+        if done.all() or int(state.step) >= most:
+          break
+        limit = min(limit + every, most)
+        state = state.replace(done_b=jnp.asarray(done))
+        state = extend(model.params, state, np.int32(limit), *values, **fixed)
+    model._note_drops(state.drops)
+    tokens, log_probs = np.asarray(state.tokens_bn), np.asarray(state.log_probs_bn)
+    one = lambda row: self._result(row, tokens[row], log_probs[row], int(state.step))
+    rows = range(self._prompts * self._samples)
+    found = [one(row) for row in rows]
+    return [found[i : i + self._samples] for i in range(0, len(found), self._samples)]
+
+  def _own(self, tokens_n: np.ndarray, step: int) -> tuple[list[int], bool]:
+    """A row's tokens before EOS, and whether EOS came."""
+    ids = tokens_n[:step].tolist()
+    eos = int(self._model.vocabulary.eos_id)
+    return (ids[: ids.index(eos)], True) if eos in ids else (ids, False)
+
+  def _look_for(self, stop: tuple[str, ...], state: State, done: np.ndarray) -> None:
+    """Ends rows whose text holds a stop string, at the token that completed it."""
+    tokens, decode = np.asarray(state.tokens_bn), self._model.vocabulary.decode
+    for row in range(self._prompts * self._samples):
+      if row in self._ends:
+        continue
+      ids, _ = self._own(tokens[row], int(state.step))
+      if any(s in decode(ids) for s in stop):
+        for count in range(self._known[row] + 1, len(ids) + 1):
+          text = decode(ids[:count])
+          places = [text.find(s) for s in stop if s in text]
+          if places:
+            self._ends[row] = (text[: min(places)], count)
+            done[row] = True
+            break
+      self._known[row] = len(ids)
+
+  def _show(self, state: State, done, stop, shown: str, show) -> str:
+    """Passes on what is certain of the text, returns all that was passed on."""
+    ids, _ = self._own(np.asarray(state.tokens_bn)[0], int(state.step))
+    text = self._ends[0][0] if 0 in self._ends else self._model.vocabulary.decode(ids)
+    if not done[0]:
+      # Bytes of a character, or letters of a stop string, may still be on their way.
+      held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+      text = text[: len(text) - held].rstrip('\ufffd')
+    if len(text) > len(shown) and text.startswith(shown):
+      show(text[len(shown) :])
+      return text
+    return shown
+
+  def _result(self, row: int, tokens_n, log_probs_n, step: int) -> Generation:
+    ids, ended = self._own(tokens_n, step)
+    finish = 'eos' if ended else 'length'
+    if row in self._ends:
+      text, count = self._ends[row]
+      ids, finish = ids[:count], 'stop'
+    else:
+      text = self._model.vocabulary.decode(ids)
+    return Generation(text, tuple(ids), tuple(log_probs_n[: len(ids)].tolist()), finish)

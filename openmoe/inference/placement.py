@@ -1,0 +1,115 @@
+"""Where parameters lie for inference, in which form, and the fingerprint that names them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from openmoe import partitioning
+from openmoe.config import MeshConfig, ModelConfig
+from openmoe.layers.moe.experts import TURNED, split_name, turn
+from openmoe.models import is_expert_kernel
+from openmoe.types import PyTree
+
+TURNED_BYTES = 1 << 30  # of all copies; large experts gain little from them
+
+
+def inference_mesh(
+  config: ModelConfig,
+  devices: Sequence[jax.Device],
+  num_model_partitions: int | None = None,
+  num_expert_partitions: int = 1,
+) -> jax.sharding.Mesh | None:
+  """The mesh of all devices, None for one device.
+
+  Without num_model_partitions, weights are split as often as sizes allow; what is left of the
+  devices takes rows of the batch.
+
+  Raises:
+    ConfigError: the devices or the model do not divide so.
+  """
+  if len(devices) == 1 and (num_model_partitions or 1) == 1 == num_expert_partitions:
+    return None
+  if num_model_partitions is None:
+    sizes = (config.num_heads, config.mlp_dim, config.embed_dim, config.vocab_size)
+    most = len(devices) // num_expert_partitions
+    fits = [p for p in range(1, most + 1) if most % p == 0 and all(s % p == 0 for s in sizes)]
+    num_model_partitions = fits[-1] if fits else 1
+  mesh_config = MeshConfig(num_expert_partitions, num_model_partitions)
+  mesh = partitioning.make_mesh(mesh_config, devices)
+  partitioning.check_divisible(config, mesh)
+  return mesh
+
+
+def splits_experts(mesh: jax.sharding.Mesh | None, capacity: bool) -> bool:
+  """Whether inference here wants an array for every expert; see layers.experts."""
+  whole = mesh is None or mesh.shape[partitioning.EXPERT] == 1
+  return jax.default_backend() == 'cpu' and whole and not capacity
+
+
+def turn_experts(params: PyTree, config: ModelConfig) -> PyTree:
+  """Adds all experts of a kernel turned, if they are split and their copies stay small.
+
+  Args:
+    params: as models.unstack gives them; leaves `kernel_0` [i, ...], ... of one device.
+
+  Returns:
+    The same with a `kernel_turned` beside them (layers.experts.turn), or params as they were.
+  """
+  flat = flax.traverse_util.flatten_dict(params, sep='/')
+  first = f'/{split_name(0)}'
+  heads = [path.removesuffix(first) for path in flat if path.endswith(first)]
+  arrays = {h: [flat[f'{h}/{split_name(e)}'] for e in range(config.moe.num_experts)] for h in heads}
+  if sum(x.nbytes for kernels in arrays.values() for x in kernels) > TURNED_BYTES:
+    return params
+  for head, kernels in arrays.items():
+    flat[f'{head}/{TURNED}'] = turn(kernels, sums=head.endswith(('/wo', '/out')))
+  return flax.traverse_util.unflatten_dict(flat, sep='/')
+
+
+def cast(params: PyTree, config: ModelConfig) -> PyTree:
+  """Kernels of the layers in the dtype in which the layers use them; the rest stays float32.
+
+  Router, norms, embedding and output layer are used in float32 by training as well.
+  """
+  dtype = jnp.dtype(config.dtype)
+
+  def one(path, x):
+    names = [key.key for key in path]
+    narrow = names[0].startswith('layer_') and 'router' not in names and x.ndim > 1
+    return x.astype(dtype) if narrow and x.dtype != dtype else x
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def fingerprint(config: ModelConfig, params: PyTree) -> str:
+  """sha256 of configuration and parameters; experts that are split count as their stack does."""
+  digest = hashlib.sha256(repr(config).encode())
+  pieces: list[tuple[str, int, jax.Array]] = []
+  for path, leaf in flax.traverse_util.flatten_dict(params, sep='/').items():
+    stem, _, expert = path.rpartition('_')
+    if path.endswith(f'/{TURNED}'):
+      continue  # a copy
+    if is_expert_kernel(path, config):
+      pieces += [(path, e, leaf[e]) for e in range(leaf.shape[0])]
+    elif stem.endswith('/kernel'):
+      pieces.append((stem, int(expert), leaf))
+    else:
+      pieces.append((path, 0, leaf))
+  for path, expert, leaf in sorted(pieces, key=lambda piece: piece[:2]):
+    digest.update(f'{path} {expert} {leaf.shape} {leaf.dtype}'.encode())
+    digest.update(np.ascontiguousarray(_fetched(leaf)))
+  return digest.hexdigest()
+
+
+def _fetched(x: jax.Array) -> np.ndarray:
+  """The whole array, also where other processes hold parts of it."""
+  if x.is_fully_addressable:
+    return np.asarray(x)
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))

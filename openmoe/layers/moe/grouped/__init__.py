@@ -1,0 +1,1 @@
+"""Products of rows grouped by expert, without padding to a capacity."""
