@@ -30,12 +30,12 @@ ROOMS = {
   'train_step': _STATE,
   'classification': _STATE,
   'plan': _STATE | {'programme', 'train_step'},
-  'data': {'types', 'config', 'programme'},
+  'data': {'types', 'config', 'programme', 'checkpoint'},
   'feed': {'types', 'config', 'programme', 'data', 'partitioning'},
   'checkpoint': {'types', 'config'},
-  'observe': {'config'},
+  'observe': {'config', 'checkpoint'},
   'inference': _STATE | {'checkpoint', 'observe', 'programme'},
-  'evaluation': {'types', 'config', 'observe', 'inference'},
+  'evaluation': {'types', 'config', 'checkpoint', 'observe', 'inference'},
   'train': _STATE | {'programme', 'train_step', 'data', 'feed', 'plan', 'checkpoint', 'observe'},
 }
 # The other packages: what each may import of ours.

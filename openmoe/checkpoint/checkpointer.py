@@ -30,11 +30,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from openmoe.checkpoint import manifest
+from openmoe.checkpoint.paths import PREFIX, absolute
 from openmoe.checkpoint.positions import RestoreDataPositions, SaveDataPositions
 from openmoe.config import ConfigError
 from openmoe.types import PyTree
 
-PREFIX = 'checkpoint'
 LARGEST_CHUNK = 256 << 20  # bytes of a parameter that are compressed together
 DAMAGED_PREFIX = 'damaged_checkpoint'  # what a damaged one is renamed to when its step comes again
 # A full disk reaches us as OSError from files, as ValueError from TensorStore; a process that does
@@ -127,7 +127,7 @@ class Checkpointer:
     note: Callable[[str], None] = logging.warning,
   ):
     path = os.fspath(model_dir)
-    self._directory = epath.Path(path if manifest.is_remote(path) else os.path.abspath(path))
+    self._directory = absolute(path)
     self._identity = json.loads(json.dumps(identity))
     self._note = note
     self._read_only = read_only

@@ -16,20 +16,15 @@ from typing import Any
 
 from etils import epath
 
+from openmoe.checkpoint import safe_json
+from openmoe.checkpoint.paths import Unreadable, is_inside, is_remote, open_regular, write_whole
+
 NAME = 'manifest.json'
 VERSION = 1
 # The commit protocol of orbax rewrites these after the manifest is made.
 _WRITTEN_LATER = frozenset({'_CHECKPOINT_METADATA', 'commit_success.txt', NAME})
 _BLOCK = 1 << 22  # bytes hashed at a time
-
-
-def is_remote(path: os.PathLike | str) -> bool:
-  """Whether a path lies in an object store such as gs://.
-
-  Objects there appear whole or not at all and carry the store's own checksum, so only their sizes
-  are recorded: hashing would read the checkpoint back over the network.
-  """
-  return '://' in os.fspath(path)
+_LARGEST = 128 << 20  # bytes of a manifest: some 700,000 files
 
 
 def _files(directory: epath.Path) -> dict[str, epath.Path]:
@@ -47,13 +42,15 @@ def _files(directory: epath.Path) -> dict[str, epath.Path]:
 
 def _sha256(path: epath.Path) -> str:
   digest = hashlib.sha256()
-  with path.open('rb') as file:
+  with open_regular(path) as file:
     while block := file.read(_BLOCK):
       digest.update(block)
   return digest.hexdigest()
 
 
 def _describe(path: epath.Path) -> dict[str, Any]:
+  # Of remote files only sizes: hashing would read the checkpoint back over the network, and the
+  # store has a checksum of its own.
   return {'size': path.stat().length, 'sha256': None if is_remote(path) else _sha256(path)}
 
 
@@ -72,18 +69,41 @@ def write(directory: epath.Path, step: int) -> None:
   files = _files(directory)
   entries = dict(zip(files, _in_threads(_describe, list(files.values())), strict=True))
   content = {'version': VERSION, 'step': step, 'files': dict(sorted(entries.items()))}
-  (directory / NAME).write_text(json.dumps(content, indent=1))
+  write_whole(directory / NAME, json.dumps(content, indent=1).encode(), sync=True)
 
 
-def _problem_of(path: epath.Path, entry: Mapping[str, Any]) -> str | None:
-  if not path.exists():
-    return 'is missing'
-  size = path.stat().length
-  if size != entry['size']:
-    return f'has {size} bytes, not {entry["size"]}'
-  if entry['sha256'] is not None and _sha256(path) != entry['sha256']:
-    return 'has another SHA-256 than when it was written'
+def _problem_of(path: epath.Path, size: int, sha256: str | None) -> str | None:
+  try:
+    if not path.exists():
+      return 'is missing'
+    there = path.stat().length
+    if there != size:
+      return f'has {there} bytes, not {size}'
+    if sha256 is not None and _sha256(path) != sha256:
+      return 'has another SHA-256 than when it was written'
+  except (OSError, Unreadable) as error:
+    return f'cannot be read ({error})'
   return None
+
+
+def _entries(content: Mapping[str, Any]) -> dict[str, tuple[int, str | None]]:
+  """{name: (size, SHA-256 or None)}.
+
+  Raises:
+    Unreadable: an entry is of another form, or names a file outside the checkpoint.
+  """
+  entries = {}
+  for name, entry in safe_json.field(content, 'files', dict, 'it').items():
+    where = f'its entry {name}'
+    if not is_inside(name):
+      raise Unreadable(f'{where} lies outside the checkpoint')
+    if not isinstance(entry, dict):
+      raise Unreadable(f'{where} is {entry!r:.40}')
+    sha256 = entry.get('sha256')
+    if not isinstance(sha256, str | None):
+      raise Unreadable(f'{where}: sha256 is {sha256!r:.40}')
+    entries[name] = safe_json.field(entry, 'size', int, where), sha256
+  return entries
 
 
 def find_problem(directory: epath.Path, step: int, share: int = 0, of: int = 1) -> str | None:
@@ -102,18 +122,19 @@ def find_problem(directory: epath.Path, step: int, share: int = 0, of: int = 1) 
   if not path.exists():
     return f'has no {NAME}: it was never finished'
   try:
-    content = json.loads(path.read_text())
-    version, files = content['version'], content['files']
-    names = sorted(files)[share::of]
-  except (ValueError, KeyError, TypeError) as error:
+    content = safe_json.read(path, limit=_LARGEST)
+    version = content.get('version')
+    if version == VERSION:
+      entries = _entries(content)
+  except (OSError, Unreadable) as error:
     return f'has an unreadable {NAME} ({error})'
   if version != VERSION:
     return f'has a {NAME} of version {version}; this program reads version {VERSION}'
   if content.get('step') != step:
     return f'has the {NAME} of step {content.get("step")}'
-  for name, problem in zip(
-    names, _in_threads(lambda n: _problem_of(directory / n, files[n]), names), strict=True
-  ):
+  names = sorted(entries)[share::of]
+  problems = _in_threads(lambda name: _problem_of(directory / name, *entries[name]), names)
+  for name, problem in zip(names, problems, strict=True):
     if problem:
       return f'is damaged: {name} {problem}'
   return None

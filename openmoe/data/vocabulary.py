@@ -15,6 +15,7 @@ import seqio
 import tensorflow as tf
 from sentencepiece import sentencepiece_model_pb2
 
+from openmoe.checkpoint.paths import write_whole
 from openmoe.config import ConfigError
 
 # umT5's 256000 pieces and 300 sentinels, as in every released run.
@@ -131,10 +132,7 @@ def train_vocabulary(path: str, texts: Iterable[str], pieces: int) -> None:
   proto.ParseFromString(model.getvalue())
   # The name of a file that is gone would make equal models differ.
   proto.normalizer_spec.ClearField('normalization_rule_tsv')
-  temporary = f'{path}.tmp{os.getpid()}'
-  with open(temporary, 'wb') as f:
-    f.write(proto.SerializeToString(deterministic=True))
-  os.replace(temporary, path)
+  write_whole(path, proto.SerializeToString(deterministic=True))
 
 
 def _train(texts: Iterator[str], model: io.BytesIO, pieces: int, rules: str) -> None:

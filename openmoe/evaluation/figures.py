@@ -21,8 +21,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from openmoe.checkpoint.paths import write_whole
 from openmoe.config import ConfigError
-from openmoe.observe.metrics import read_records, write_atomically
+from openmoe.observe.metrics import read_records
 from openmoe.observe.pictures import smooth
 
 _INK, _MUTED, _GRID, _OURS, _TOTAL = '#2b2b33', '#8a8a94', '#ececf0', '#d62728', '#d9d9de'
@@ -110,13 +111,13 @@ def write(figure: Figure, rows: Rows, path: str | os.PathLike) -> list[str]:
     metadata = {'Date': None} if kind == 'svg' else None
     figure.savefig(buffer, format=kind, dpi=150, facecolor='white', metadata=metadata)
     names.append(f'{base}.{kind}')
-    write_atomically(epath.Path(names[-1]), buffer.getvalue())
+    write_whole(epath.Path(names[-1]), buffer.getvalue())
   text = io.StringIO()
   writer = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
   writer.writeheader()
   writer.writerows(rows)
   names.append(f'{base}.csv')
-  write_atomically(epath.Path(names[-1]), text.getvalue().encode())
+  write_whole(epath.Path(names[-1]), text.getvalue().encode())
   return names
 
 

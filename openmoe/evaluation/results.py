@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from openmoe.checkpoint.paths import write_whole
 from openmoe.config import ConfigError
-from openmoe.observe.metrics import write_atomically
 
 FORMAT = 1
 _PERCENTILES = (2.5, 97.5)
@@ -33,7 +33,7 @@ def save(path: epath.Path, header: Mapping[str, Any], items: Sequence[Mapping[st
   """Writes a result, whole or not at all; one item a line, so that files can be compared."""
   head = json.dumps({'format': FORMAT, **header}, ensure_ascii=False, indent=1)
   rows = ',\n'.join(json.dumps(item, ensure_ascii=False) for item in items)
-  write_atomically(path, f'{head[:-2]},\n "items": [\n{rows}\n]}}\n'.encode())
+  write_whole(path, f'{head[:-2]},\n "items": [\n{rows}\n]}}\n'.encode())
 
 
 def load(path: str | os.PathLike) -> dict[str, Any]:
@@ -169,10 +169,10 @@ def summarise(results: Sequence[Mapping[str, Any]], resamples: int, seed: int) -
 def save_summary(directory: epath.Path, rows: Sequence[Row], header: Mapping[str, Any]) -> None:
   """summary.json and summary.csv beside the results."""
   content = {**header, 'rows': [dataclasses.asdict(row) for row in rows]}
-  write_atomically(directory / 'summary.json', json.dumps(content, indent=1).encode() + b'\n')
+  write_whole(directory / 'summary.json', json.dumps(content, indent=1).encode() + b'\n')
   names = ('group', 'metric', 'score', 'low95', 'high95', 'normalised', 'items', 'shots', 'dropped')
   lines = [','.join(names), *(','.join(str(getattr(r, n)) for n in names) for r in rows)]
-  write_atomically(directory / 'summary.csv', ('\n'.join(lines) + '\n').encode())
+  write_whole(directory / 'summary.csv', ('\n'.join(lines) + '\n').encode())
 
 
 # --- what changed between two results of a task

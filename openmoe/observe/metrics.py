@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from openmoe.checkpoint.paths import is_remote, write_whole
 from openmoe.observe.display import Progress, make_display
 from openmoe.observe.hardware import peak_flops
 
@@ -48,16 +49,6 @@ def dead_experts(expert_load: np.ndarray) -> np.ndarray:
   """
   expert_load = np.asarray(expert_load)
   return expert_load < DEAD_SHARE / expert_load.shape[-1]
-
-
-def write_atomically(path: epath.Path, content: bytes) -> None:
-  """Replaces a file as a whole: a reader or a kill never meets half of it."""
-  if '://' in os.fspath(path):
-    path.write_bytes(content)  # objects appear whole
-    return
-  temporary = path.with_name(f'{path.name}.partial')
-  temporary.write_bytes(content)
-  temporary.replace(path)
 
 
 # --- reading
@@ -127,7 +118,7 @@ class _Records:
 
   def __init__(self, model_dir: epath.Path, start_step: int):
     self._path = model_dir / RECORDS
-    self._remote = '://' in os.fspath(model_dir)
+    self._remote = is_remote(model_dir)
     self._waiting: list[str] = []
     self._last_write = 0.0
     self.last: dict[str, int] = {}
@@ -141,7 +132,7 @@ class _Records:
       self.last[record.get('kind', 'train')] = record['step']
     repaired = ''.join(_encode(record) + '\n' for record in kept)
     if repaired != text:
-      write_atomically(self._path, repaired.encode())
+      write_whole(self._path, repaired.encode())
 
   def append(self, record: Mapping[str, Any]) -> None:
     self.last[record['kind']] = record['step']
@@ -177,7 +168,7 @@ class _RouterArrays:
   def _replace(self, path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    write_atomically(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
 
   def append(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
     first = step // ROUTER_SPAN * ROUTER_SPAN

@@ -16,7 +16,8 @@ from matplotlib import colors, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from openmoe.observe.metrics import dead_experts, read_records, read_router, write_atomically
+from openmoe.checkpoint.paths import write_whole
+from openmoe.observe.metrics import dead_experts, read_records, read_router
 
 _INK = '#2b2b33'
 _MUTED = '#8a8a94'
@@ -46,7 +47,7 @@ def plot_run(model_dir: str | os.PathLike) -> list[str]:
   for name, figure in figures.items():
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=150, facecolor='white')
-    write_atomically(directory / name, buffer.getvalue())
+    write_whole(directory / name, buffer.getvalue())
   return [os.fspath(directory / name) for name in figures]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from openmoe.observe.metrics import write_atomically
+from openmoe.checkpoint.paths import write_whole
 
 CONFIG = 'config.gin'
 STARTS = 'run.json'
@@ -109,8 +109,8 @@ def write_run_record(
   config, starts = directory / CONFIG, directory / STARTS
   if config.exists() and config.read_text() != gin_config:
     former = directory / f'config_until_{start_step}.gin'
-    write_atomically(former, config.read_bytes())
-  write_atomically(config, gin_config.encode())
+    write_whole(former, config.read_bytes())
+  write_whole(config, gin_config.encode())
   before = json.loads(starts.read_text()) if starts.exists() else []
-  write_atomically(starts, json.dumps([*before, record], indent=1).encode())
+  write_whole(starts, json.dumps([*before, record], indent=1).encode())
   return record

@@ -130,7 +130,7 @@ def test_a_kill_during_a_save_leaves_the_older_one(open_dir, tmp_path):
     import sys, time
     sys.path.insert(0, {str(ROOT)!r})
     from tests.checkpoint import case as t
-    from openmoe import manifest
+    from openmoe.checkpoint import manifest
     from openmoe.checkpoint.checkpointer import Checkpointer
     c = Checkpointer({str(run)!r}, 3, t.IDENTITY)
     c.save(10, t.make_state(10, scale=64), t.DATA, {{}})
