@@ -16,7 +16,7 @@ import sys
 import jax
 port, index, run, fault = sys.argv[1:]
 jax.distributed.initialize(f'127.0.0.1:{port}', num_processes=2, process_id=int(index))
-from openmoe import data_positions
+from openmoe.checkpoint import positions
 from openmoe.checkpoint.checkpointer import Checkpointer, CheckpointError
 from tests.checkpoint import case
 

@@ -30,7 +30,7 @@ def test_scores_equal_the_full_forward(name):
 def test_greedy_continuations_are_called_greedy():
   model = case.model('jetmoe')
   (found,) = model.generate([[5, 9, 33]], 4)[0]
-  (score,) = inference.score([([5, 9, 33], found.tokens)])
+  (score,) = model.score([([5, 9, 33], found.tokens)])
   assert score.is_greedy and score.token_log_probs == pytest.approx(found.log_probs, abs=2e-5)
 
 

@@ -85,21 +85,21 @@ def block_layout(
     expert_nk: int32; num_experts marks a row that is not routed.
     one_size: for Kernel.BLOCKED, chunks of one size: a smaller program, some more padding.
   """
-  rows, blocked = expert_nk.size, kernel is Kernel.BLOCKED
+  rows, in_chunks = expert_nk.size, kernel is Kernel.BLOCKED
   sizes = blocked.ladder(rows, num_experts)
   if one_size:
     # An average segment, half of one where that is large: padding against repeated packing.
     sizes = (sizes[0] if sizes[0] <= 32 else sizes[0] // 2,)
-  align = sizes[-1] if blocked else 1
+  align = sizes[-1] if in_chunks else 1
   # Every expert wastes less than one alignment; the kernels of accelerators want whole tiles.
-  unit = align if blocked else tpu.TILE_ROWS
+  unit = align if in_chunks else tpu.TILE_ROWS
   num_slots = -(-(rows + num_experts * (align - 1)) // unit) * unit
   counts_e = jnp.bincount(expert_nk.reshape(-1), length=num_experts + 1)[:num_experts]
   rows_e = (-(-counts_e // align) * align).astype(jnp.int32)
   start_e = (jnp.cumsum(rows_e) - rows_e).astype(jnp.int32)
   slots = sorted_slots(expert_nk, num_experts, start_e, num_slots)
   parts = ()
-  if blocked:
+  if in_chunks:
     parts = tuple(blocked.chunks(start_e, rows_e, sizes, num_slots))
   return slots, Segments(start_e, rows_e, parts, kernel)
 
