@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from openmoe.config import ConfigError, DataConfig
 from openmoe.data.stages import StagedStream
@@ -79,7 +80,20 @@ class Feed:
     return self
 
   def __next__(self) -> Batch:
-    self.last = next(self._stream)
+    """The next global batch.
+
+    Raises:
+      StopIteration: finite data have ended, in all processes after the same step.
+    """
+    ends = self._stream.ends
+    local = next(self._stream, None)
+    if ends and jax.process_count() > 1:
+      more = multihost_utils.process_allgather(np.array([local is not None]))
+      if local is None and np.any(more):
+        local = self._stream.pad()
+    if local is None:
+      raise StopIteration
+    self.last = local
     config = self._stream.data
     return place(self._mesh, config, self._shards(config), self.last)
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import enum
 import functools
 import math
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from openmoe import partitioning
 from openmoe.checkpoint.checkpointer import Checkpointer
@@ -33,8 +32,7 @@ from openmoe.config import (
   TrainConfig,
 )
 from openmoe.data.stages import format_plan, plan_table
-from openmoe.data.statistics import unigram_entropy
-from openmoe.feed import Feed, evaluation_feed
+from openmoe.feed import Feed
 from openmoe.models import build_model
 from openmoe.observe import pictures
 from openmoe.observe.metrics import MetricsWriter
@@ -42,13 +40,23 @@ from openmoe.observe.record import write_run_record
 from openmoe.optimizer import make_optimizer, programme_rate
 from openmoe.plan import abstract_state, flops_before
 from openmoe.programme import Programme, as_programme, check_optimizers
+from openmoe.running.signals import Signals
+from openmoe.running.validation import make_evaluation
 from openmoe.train_state import TrainState, identity, init_state, model_fields, state_shardings
-from openmoe.train_step import eval_step, train_step
+from openmoe.train_step import train_step
 from openmoe.types import Batch, PyTree
 
 
 class NonFiniteLoss(RuntimeError):
   """Training diverged; the message names the step, the batch and the last good checkpoint."""
+
+
+class End(enum.Enum):
+  """Why a run made no further step."""
+
+  COMPLETE = 'complete'  # total_steps are done
+  STOPPED = 'stopped'  # by a signal; the same command continues
+  DATA = 'data'  # the training data ended first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Result:
 
   Attributes:
     step: optimizer steps done.
-    complete: False when a signal stopped the run.
+    end: why no step followed.
     resumed_from: step it was restored at, None for a fresh start.
     validation_loss: nats per target token, None without evaluation.
     unigram_entropy: of the validation targets, nats; what knowing only frequencies would give.
@@ -65,38 +73,41 @@ class Result:
   """
 
   step: int
-  complete: bool
+  end: End
   resumed_from: int | None
   validation_loss: float | None
   unigram_entropy: float | None
   params: PyTree
 
+  @property
+  def complete(self) -> bool:
+    """Whether all steps of the run are done."""
+    return self.end is End.COMPLETE
 
-class Preemption:
-  """Notes SIGTERM and SIGINT; all processes stop after the same step."""
 
-  def __enter__(self) -> Preemption:
-    self._seen: int | None = None
-    self._old = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-      self._old[number] = signal.signal(number, self._note)
-    return self
+@dataclasses.dataclass
+class Running:
+  """What the loop of a run works with; all of it is open, and closed by train().
 
-  def __exit__(self, *unused) -> None:
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
+  Attributes:
+    run: see openmoe.config.
+    step: optimizer steps done.
+    state: after that step, on the mesh.
+    step_fn: (state, batch) -> (state, metrics); it takes the state's memory.
+    evaluate: params -> validation metrics; None when that is off.
+    describe: step -> what its checkpoint says of the run.
+  """
 
-  def _note(self, number, frame) -> None:
-    if self._seen is not None and number == signal.SIGINT:
-      raise KeyboardInterrupt  # the second Ctrl-C means it
-    self._seen = number
-
-  def stop_after(self, step: int) -> bool:
-    """Whether this step is the last; agreed between processes."""
-    if jax.process_count() == 1:
-      return self._seen is not None
-    seen = np.array([self._seen is not None])
-    return bool(multihost_utils.process_allgather(seen).any())
+  run: TrainConfig
+  step: int
+  state: TrainState
+  step_fn: Callable
+  feed: Feed
+  evaluate: Callable[[PyTree], dict[str, float]] | None
+  checkpointer: Checkpointer
+  describe: Callable[[int], dict]
+  writer: MetricsWriter
+  signals: Signals
 
 
 def check(
@@ -157,13 +168,19 @@ def train(
   schedule = programme_rate(programme, optimizer, run.total_steps)
   transform = make_optimizer(optimizer, axes, schedule)
 
-  checkpointer = Checkpointer(run.model_dir, run.keep_checkpoints, identity(model))
-  describe = functools.partial(_metadata, run, model, programme)
-  start = checkpointer.latest_step()
-  if jax.process_index() == 0:
-    write_run_record(run.model_dir, config_text, start or 0)
-  first = start if start is not None else _initial_step(run)
-  with Feed(device_mesh, programme, first) as feed, jax.set_mesh(device_mesh):
+  # What is opened is closed in turn, also when something raises: a save that has begun is finished.
+  with contextlib.ExitStack() as opened:
+    signals = opened.enter_context(Signals())
+    checkpointer = opened.enter_context(
+      Checkpointer(run.model_dir, run.keep_checkpoints, identity(model))
+    )
+    describe = functools.partial(_metadata, run, model, programme)
+    start = checkpointer.latest_step()
+    if jax.process_index() == 0:
+      write_run_record(run.model_dir, config_text, start or 0)
+    first = start if start is not None else _initial_step(run)
+    feed = opened.enter_context(Feed(device_mesh, programme, first))
+    opened.enter_context(jax.set_mesh(device_mesh))
     init = jax.jit(
       functools.partial(init_state, module, transform, run.seed), out_shardings=shardings
     )
@@ -182,7 +199,7 @@ def train(
       state = init()
     iter(feed)  # reads ahead while the step compiles
 
-    evaluate = _evaluator(run, model, module, eval_data, device_mesh)
+    evaluate = make_evaluation(run, model, module, eval_data, device_mesh)
     step_fn = jax.jit(
       functools.partial(
         train_step,
@@ -196,7 +213,7 @@ def train(
       donate_argnums=0,
       out_shardings=(shardings, None),
     )
-    with (
+    writer = opened.enter_context(
       MetricsWriter(
         run.model_dir,
         start_step=first,
@@ -204,31 +221,32 @@ def train(
         tokens_before=programme.tokens_before,
         flops_before=functools.partial(flops_before, model, programme),
         sparse_layers=model.router_layers,
-      ) as writer,
-      Preemption() as preemption,
-    ):
-      if start is not None:
-        writer.note(f'Resumed from checkpoint_{start}.')
-      if first < run.total_steps:
-        writer.note(format_plan(plan_table(programme)))
-      state, complete = _loop(
-        run, describe, state, first, step_fn, feed, evaluate, checkpointer, writer, preemption
       )
-      step = int(state.step)
-      validation = evaluate(state.params) if complete and evaluate else {}
-      if validation:
-        writer.write(step, validation, kind='validation')
-    checkpointer.wait()
-    checkpointer.close()
-    if jax.process_index() == 0 and step > 0:
-      pictures.plot_run(run.model_dir)
+    )
+    if start is not None:
+      writer.note(f'Resumed from checkpoint_{start}.')
+    if first < run.total_steps:
+      writer.note(format_plan(plan_table(programme)))
+    running = Running(
+      run, first, state, step_fn, feed, evaluate, checkpointer, describe, writer, signals
+    )
+    end = _loop(running)
+    step = running.step
+    validation = evaluate(running.state.params) if evaluate and end is not End.STOPPED else {}
+    if validation:
+      writer.write(step, validation, kind='validation')
+    checkpointer.wait()  # a signal still finds our handlers, so it cannot cost this save
+    if end is not End.COMPLETE:
+      writer.note(_why_ended(run, end, step, programme))
+  if jax.process_index() == 0 and step > 0:
+    pictures.plot_run(run.model_dir)
   return Result(
     step,
-    complete,
+    end,
     start,
     validation.get('loss'),
     validation.get('unigram_entropy'),
-    state.params,
+    running.state.params,
   )
 
 
@@ -279,53 +297,59 @@ def initial_state(
     source.close()
 
 
-def _loop(
-  run: TrainConfig,
-  describe: Callable[[int], dict],
-  state: TrainState,
-  step: int,
-  step_fn: Callable,
-  feed: Feed,
-  evaluate: Callable | None,
-  checkpointer: Checkpointer,
-  writer: MetricsWriter,
-  preemption: Preemption,
-) -> tuple[TrainState, bool]:
-  """Steps until total_steps or a signal; returns the state and whether it is complete."""
+def _loop(at: Running) -> End:
+  """Steps until total_steps, a signal or the end of the data; saves what was trained."""
   # Metrics stay on the device until a record is due, so the host runs ahead of the devices.
   pending: collections.deque = collections.deque()
-  saved = step or None
-  compiled = False
+  run, compiled = at.run, False
 
   def flush() -> None:
     while pending:
-      at, metrics, batch = pending.popleft()
-      _record(run, at, jax.device_get(metrics), batch, saved, writer)
+      step, metrics, batch = pending.popleft()
+      _record(at, step, jax.device_get(metrics), batch)
 
-  while step < run.total_steps:
-    batch = next(feed)
-    with contextlib.nullcontext() if compiled else writer.paused():
-      state, metrics = step_fn(state, batch)
+  def save() -> None:
+    flush()  # never save what has not been seen to be finite
+    at.writer.flush()
+    at.checkpointer.save(at.step, at.state, at.feed.state(), at.describe(at.step))
+
+  while at.step < run.total_steps:
+    batch = next(at.feed, None)
+    if batch is None:
+      if not at.step:
+        raise ConfigError('The training data hold no batch at all; give more, or other lengths.')
+      save()
+      return End.DATA
+    with contextlib.nullcontext() if compiled else at.writer.paused():
+      at.state, metrics = at.step_fn(at.state, batch)
     compiled = True
-    step += 1
-    pending.append((step, metrics, feed.last))
-    stop = preemption.stop_after(step)
-    last = stop or step == run.total_steps
-    if step % run.log_period == 0 or last:
+    at.step += 1
+    pending.append((at.step, metrics, at.feed.last))
+    stop = at.signals.stop_after(at.step)
+    last = stop or at.step == run.total_steps
+    if at.step % run.log_period == 0 or last:
       flush()
-    if evaluate and run.eval_period and step % run.eval_period == 0 and step < run.total_steps:
+    if at.evaluate and at.step % run.eval_period == 0 and at.step < run.total_steps:
       flush()
-      with writer.paused():
-        writer.write(step, evaluate(state.params), kind='validation')
-    if step % run.checkpoint_period == 0 or last:
-      flush()  # never save what has not been seen to be finite
-      writer.flush()
-      checkpointer.save(step, state, feed.state(), describe(step))
-      saved = step
-    if stop:
-      writer.note(f'Stopped by a signal after step {step}; the same command continues.')
-      return state, step == run.total_steps
-  return state, True
+      with at.writer.paused():
+        at.writer.write(at.step, at.evaluate(at.state.params), kind='validation')
+    if at.step % run.checkpoint_period == 0 or last:
+      save()
+    if stop and at.step < run.total_steps:
+      return End.STOPPED
+  return End.COMPLETE
+
+
+def _why_ended(run: TrainConfig, end: End, step: int, programme: Programme) -> str:
+  """A sentence on a run that did not make all its steps."""
+  if end is End.STOPPED:
+    return f'Stopped by a signal after step {step}; the same command continues.'
+  stage = programme.stages[programme.at(step)[0]]
+  return (
+    f'The data of stage {stage.name!r} ended after step {step} of {run.total_steps}, which is '
+    f'saved: num_epochs={stage.data.num_epochs} of {stage.data.mixture_or_task_name} gives no more '
+    f'batches. Set TRAIN_STEPS = {step}, or num_epochs = None to repeat the data, or give more.'
+  )
 
 
 def _data_changed(run: TrainConfig, now: dict, metadata: dict, step: int) -> bool:
@@ -360,79 +384,37 @@ def _metadata(run: TrainConfig, model: ModelConfig, programme: Programme, step: 
   }
 
 
-def _record(
-  run: TrainConfig, step: int, metrics: dict, batch: Batch, saved: int | None, writer: MetricsWriter
-) -> None:
+def _record(at: Running, step: int, metrics: dict, batch: Batch) -> None:
   """Writes one step's metrics when due; stops the run when they are not finite."""
   scalars = {name: float(value) for name, value in metrics['scalars'].items()}
   if not all(math.isfinite(scalars[name]) for name in ('loss', 'grad_norm')):
-    _diverged(run, step, scalars, batch, saved)
+    _diverged(at, step, scalars, batch)
   router = metrics['router']
   if router is not None:
     loads_le = np.asarray(router.expert_load_e)
     scalars['dropped_fraction'] = float(np.mean(router.dropped_fraction))
     scalars['expert_usage'] = float(np.mean(router.expert_usage))
     scalars['router_confidence'] = float(np.mean(router.router_confidence))
-    if step % run.router_period == 0:
-      writer.write_router(
+    if step % at.run.router_period == 0:
+      at.writer.write_router(
         step,
         {'expert_load': loads_le, 'dropped_fraction': np.asarray(router.dropped_fraction)},
       )
-  if step % run.log_period == 0 or step == run.total_steps:
-    writer.write(step, scalars)
+  if step % at.run.log_period == 0 or step == at.run.total_steps:
+    at.writer.write(step, scalars)
 
 
-def _diverged(run: TrainConfig, step: int, scalars: dict, batch: Batch, saved: int | None) -> None:
+def _diverged(at: Running, step: int, scalars: dict, batch: Batch) -> None:
   """Keeps the batch for inspection and raises NonFiniteLoss."""
   name = f'nonfinite_step_{step}_process_{jax.process_index()}.npz'
-  path = os.path.join(run.model_dir, name)
-  if '://' in run.model_dir:
+  path = os.path.join(at.run.model_dir, name)
+  if '://' in at.run.model_dir:
     path = os.path.abspath(name)
   np.savez(path, **{f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)})
+  saved = at.checkpointer.newest()
   good = 'none was written' if saved is None else f'checkpoint_{saved}'
   raise NonFiniteLoss(
     f'Step {step}: loss {scalars["loss"]}, gradient norm {scalars["grad_norm"]}. Its batch is in '
     f'{path}; the last good checkpoint: {good}. Start again with a lower learning rate, or look at '
     f'the batch.'
   )
-
-
-def _evaluator(
-  run: TrainConfig,
-  model: ModelConfig,
-  module,
-  eval_data: DataConfig | None,
-  mesh: jax.sharding.Mesh,
-) -> Callable[[PyTree], dict[str, float]] | None:
-  """params -> validation metrics over the same batches every time; None when it is off."""
-  if eval_data is None or not run.eval_period or not run.eval_steps:
-    return None
-  batches = evaluation_feed(mesh, eval_data, run.eval_steps)
-  entropy = unigram_entropy(_on_host(batches))
-  step_fn = jax.jit(functools.partial(eval_step, model=module, config=model))
-
-  def evaluate(params: PyTree) -> dict[str, float]:
-    parts = [jax.device_get(step_fn(params, batch)) for batch in batches]
-    totals = {name: float(sum(part[name] for part in parts)) for name in parts[0]}
-    tokens = totals['target_tokens']
-    if not tokens:
-      raise ConfigError(
-        f'The {len(batches)} evaluation batches of {eval_data.mixture_or_task_name} hold no '
-        f'target tokens; give the split more data or set EVAL_PERIOD = 0.'
-      )
-    return {
-      'loss': totals['cross_entropy'] / tokens,
-      'accuracy': totals['correct'] / tokens,
-      'unigram_entropy': entropy,
-    }
-
-  return evaluate
-
-
-def _on_host(batches: list[Batch]) -> Iterator[Batch]:
-  """Global batches as numpy, on every process."""
-  for batch in batches:
-    if jax.process_count() == 1:
-      yield jax.tree.map(np.asarray, batch)
-    else:
-      yield jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), batch)

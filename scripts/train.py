@@ -8,6 +8,7 @@ The same command continues a run that was stopped, or says that it is complete. 
   0   complete
   75  stopped by SIGTERM or SIGINT after saving; start again to continue (EX_TEMPFAIL)
   65  the loss is not finite (EX_DATAERR)
+  66  the training data ended before TRAIN_STEPS; what was trained is saved (EX_NOINPUT)
   64  something cannot be run as configured; nothing was compiled (EX_USAGE)
 """
 
@@ -28,7 +29,7 @@ from openmoe.checkpoint.checkpointer import CheckpointError
 from openmoe.config import ConfigError
 from scripts import gin_flags, processes
 
-EXIT_USAGE, EXIT_DIVERGED, EXIT_STOPPED = 64, 65, 75
+EXIT_USAGE, EXIT_DIVERGED, EXIT_DATA_ENDED, EXIT_STOPPED = 64, 65, 66, 75
 
 _TFDS = flags.DEFINE_string('tfds_data_dir', None, 'Where TFDS data sets lie (local or gs://).')
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Print counts, shardings and bytes; run nothing.')
@@ -78,8 +79,10 @@ def main(argv: list[str]) -> int:
 
 def _train(arguments: dict) -> int:
   result = train_lib.train(**arguments, config_text=gin.config_str())
-  if not result.complete:
+  if result.end is train_lib.End.STOPPED:
     return EXIT_STOPPED
+  if result.end is train_lib.End.DATA:
+    return EXIT_DATA_ENDED
   if jax.process_index() == 0:
     from scripts import epilogue
 

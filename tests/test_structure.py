@@ -36,7 +36,10 @@ ROOMS = {
   'observe': {'config', 'checkpoint'},
   'inference': _STATE | {'checkpoint', 'observe', 'programme'},
   'evaluation': {'types', 'config', 'checkpoint', 'observe', 'inference'},
-  'train': _STATE | {'programme', 'train_step', 'data', 'feed', 'plan', 'checkpoint', 'observe'},
+  'running': _STATE | {'programme', 'train_step', 'data', 'feed', 'checkpoint'},
+  'train': _STATE
+  | {'programme', 'train_step', 'data', 'feed', 'plan', 'checkpoint', 'observe'}
+  | {'running'},
 }
 # The other packages: what each may import of ours.
 PACKAGES = {

@@ -1,9 +1,7 @@
 """The run around the step: resume after any stop, refusals, divergence, and what is left behind."""
 
 import dataclasses
-import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -14,75 +12,16 @@ import numpy as np
 import pytest
 
 from openmoe import train as train_lib
-from openmoe.checkpoint.checkpointer import Checkpointer
-from openmoe.config import (
-  ConfigError,
-  DataConfig,
-  MeshConfig,
-  ModelConfig,
-  MoEConfig,
-  OptimizerConfig,
-  TrainConfig,
-)
-from openmoe.data.vocabulary import train_vocabulary
+from openmoe.config import ConfigError, ModelConfig, MoEConfig, TrainConfig
 from openmoe.feed import Feed
 from openmoe.observe.metrics import read_records, read_router
 from openmoe.programme import Programme, Stage
-from tasks import demo_corpus
-from tasks.text_files import UserFiles
-
-ROOT = pathlib.Path(__file__).parent.parent
-LENGTHS = {'targets': 32}
+from tests.run_case import ROOT, arguments, corpus, curve, source_of
 
 
 @pytest.fixture(scope='module')
-def source(tmp_path_factory):
-  """A corpus of the user's own and its vocabulary."""
-  folder = tmp_path_factory.mktemp('corpus')
-  rng = np.random.default_rng(0)
-  words = np.array(['red', 'blue', 'one', 'two', 'cat', 'dog', 'runs', 'sits', 'the', 'a'])
-  lines = [' '.join(rng.choice(words, 60)) for _ in range(400)]
-  (folder / 'text.jsonl').write_text('\n'.join(json.dumps({'text': line}) for line in lines))
-  path = str(folder / 'vocabulary.model')
-  train_vocabulary(path, lines, 300)
-  return UserFiles(
-    str(folder / 'text.jsonl'), 'run_test', path, demo_corpus.EXTRA_IDS, held_out_every=10
-  )
-
-
-def arguments(model_dir, source, **changes):
-  moe = MoEConfig(4, group_size=32)
-  model = ModelConfig(
-    'run_test',
-    vocab_size=512,
-    num_layers=2,
-    embed_dim=16,
-    mlp_dim=16,
-    num_heads=2,
-    head_dim=8,
-    num_sparse_layers=1,
-    moe=moe,
-    dtype='float32',
-  )
-  data = {'mixture_or_task_name': 'run_test_full_lm', 'task_feature_lengths': LENGTHS}
-  run = {'total_steps': 12, 'eval_period': 6, 'eval_steps': 2, 'checkpoint_period': 4}
-  run |= {'log_period': 1, 'router_period': 2, 'keep_checkpoints': 2}
-  rate = changes.pop('learning_rate', 0.1)
-  return {
-    'run': TrainConfig(str(model_dir), **(run | changes)),
-    'model': model,
-    'optimizer': OptimizerConfig(schedule='constant', learning_rate=rate),
-    'data': DataConfig(**data, batch_size=8, num_shards=2),
-    'eval_data': DataConfig(
-      **data, batch_size=8, split='validation', shuffle=False, num_shards=1, num_epochs=1
-    ),
-    'mesh': MeshConfig(num_expert_partitions=4),
-    'sources': [source],
-  }
-
-
-def curve(model_dir) -> list[tuple[int, float, float]]:
-  return [(r['step'], r['loss'], r['grad_norm']) for r in read_records(model_dir, 'train')]
+def source():
+  return source_of(corpus())
 
 
 @pytest.fixture(scope='module')
@@ -232,9 +171,7 @@ def test_a_programme_switches_at_the_exact_step(undisturbed_stages):
 
 def test_a_programme_killed_around_its_switch(undisturbed_stages, source, tmp_path, monkeypatch):
   """Killed just before, at, and just after the switch: the curve of the run that was not."""
-  take, save = Feed.__next__, Checkpointer.save
-  # Threads do not die with a run that only raises: they must be done before the next one begins.
-  monkeypatch.setattr(Checkpointer, 'save', lambda self, *args: (save(self, *args), self.wait()))
+  take = Feed.__next__
   for killed_after in (2, 3, 4):
 
     def dies(self, killed_after=killed_after):

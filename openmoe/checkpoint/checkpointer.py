@@ -20,7 +20,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -133,6 +133,7 @@ class Checkpointer:
     self._read_only = read_only
     self._pending: int | None = None  # step whose save may still run in the background
     self._failure: CheckpointError | None = None
+    self._alone = False  # whether the other processes can no longer be asked
     self._verified: set[int] = set()
     self._damaged: set[int] = set()
     if read_only and not self._directory.exists():
@@ -280,7 +281,7 @@ class Checkpointer:
     """Makes a failure of one process a failure of all, and starts afresh after it."""
     if self._pending is None:
       return
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and not self._alone:
       failed = np.ravel(multihost_utils.process_allgather(np.array([error is not None])))
       if np.any(failed) and error is None:
         error = RuntimeError(f'process {int(np.argmax(failed))} could not write its part')
@@ -292,6 +293,9 @@ class Checkpointer:
       self._manager.close()
     if jax.process_index() == 0:
       self._remove_leftovers(step)
+    if self._alone:
+      self._note(f'{PREFIX}_{step} could not be written ({type(error).__name__}: {error}).')
+      return
     self._manager = self._open_manager()
     good = sorted(set(self._manager.all_steps()) - self._damaged - {step})
     newest = f'the newest whole one is {PREFIX}_{good[-1]}' if good else 'there is no older one'
@@ -417,7 +421,26 @@ class Checkpointer:
     if failure is not None:
       raise failure
 
+  def newest(self) -> int | None:
+    """Step of the newest checkpoint that is written and not known to be damaged, if there is one.
+
+    Waits for a save in the background. Unlike latest_step() it reads no files.
+    """
+    self._settle()
+    return max(set(self._manager.all_steps()) - self._damaged, default=None)
+
   def close(self) -> None:
     """Waits for the last save and frees the background threads; failures are only noted."""
     self._settle()
     self._manager.close()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *unused) -> None:
+    """Closes. After an exception a save that has begun is finished or removed, without the others:
+
+    what raised here need not have raised in every process, so nothing can be agreed any more.
+    """
+    self._alone |= kind is not None
+    self.close()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import seqio
 
 from openmoe.config import ConfigError, DataConfig
-from openmoe.data import shard
+from openmoe.data import features, shard
 from openmoe.data.stream import ShardedStream
 from openmoe.programme import Programme
 from openmoe.types import Batch
@@ -72,6 +72,20 @@ class StagedStream:
     batch = next(self._stream)
     self._step += 1
     return batch
+
+  @property
+  def ends(self) -> bool:
+    """Whether the data of the next batch's stage are finite."""
+    if self._step >= self._programme.total_steps:
+      return True
+    return self._programme.stages[self._programme.at(self._step)[0]].data.num_epochs is not None
+
+  def pad(self) -> Batch:
+    """Padding in place of the next batch: our shards ended, and another host's have not."""
+    data = self._programme.stages[self._programme.at(self._step)[0]].data
+    rows = data.batch_size // data.num_shards * len(self._shard_ids(data))
+    self._step += 1
+    return features.batch_rows([()] * rows, data.task_feature_lengths)
 
   def state(self) -> dict[str, bytes]:
     """One entry a shard: the stage's name, the step after the last batch, and the position.

@@ -80,6 +80,15 @@ def describe_run() -> dict[str, Any]:
   }
 
 
+def _free(path: epath.Path) -> epath.Path:
+  """The path itself, or the first of NAME_2.gin, NAME_3.gin... that no file has."""
+  place, number = path, 1
+  while place.exists():
+    number += 1
+    place = path.with_name(f'{path.stem}_{number}{path.suffix}')
+  return place
+
+
 def write_run_record(
   model_dir: str | os.PathLike,
   gin_config: str,
@@ -89,7 +98,7 @@ def write_run_record(
   """Writes config.gin, and adds this start to the list in run.json.
 
   When a resumed run has another configuration, the former one is kept as
-  config_until_<start_step>.gin.
+  config_until_<start_step>.gin, or with a number behind if that is there.
 
   Args:
     model_dir: run directory.
@@ -108,8 +117,7 @@ def write_run_record(
   directory.mkdir(parents=True, exist_ok=True)
   config, starts = directory / CONFIG, directory / STARTS
   if config.exists() and config.read_text() != gin_config:
-    former = directory / f'config_until_{start_step}.gin'
-    write_whole(former, config.read_bytes())
+    write_whole(_free(directory / f'config_until_{start_step}.gin'), config.read_bytes())
   write_whole(config, gin_config.encode())
   before = json.loads(starts.read_text()) if starts.exists() else []
   write_whole(starts, json.dumps([*before, record], indent=1).encode())

@@ -1,0 +1,57 @@
+"""Validation: the same batches, at every evaluation of a run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from openmoe.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from openmoe.data.statistics import unigram_entropy
+from openmoe.feed import evaluation_feed
+from openmoe.train_step import eval_step
+from openmoe.types import Batch, PyTree
+
+
+def make_evaluation(
+  run: TrainConfig,
+  model: ModelConfig,
+  module,
+  eval_data: DataConfig | None,
+  mesh: jax.sharding.Mesh,
+) -> Callable[[PyTree], dict[str, float]] | None:
+  """params -> validation metrics over the same batches every time; None when it is off."""
+  if eval_data is None or not run.eval_period or not run.eval_steps:
+    return None
+  batches = evaluation_feed(mesh, eval_data, run.eval_steps)
+  entropy = unigram_entropy(_on_host(batches))
+  step_fn = jax.jit(functools.partial(eval_step, model=module, config=model))
+
+  def evaluate(params: PyTree) -> dict[str, float]:
+    parts = [jax.device_get(step_fn(params, batch)) for batch in batches]
+    totals = {name: float(sum(part[name] for part in parts)) for name in parts[0]}
+    tokens = totals['target_tokens']
+    if not tokens:
+      raise ConfigError(
+        f'The {len(batches)} evaluation batches of {eval_data.mixture_or_task_name} hold no '
+        f'target tokens; give the split more data or set EVAL_PERIOD = 0.'
+      )
+    return {
+      'loss': totals['cross_entropy'] / tokens,
+      'accuracy': totals['correct'] / tokens,
+      'unigram_entropy': entropy,
+    }
+
+  return evaluate
+
+
+def _on_host(batches: list[Batch]) -> Iterator[Batch]:
+  """Global batches as numpy, on every process."""
+  for batch in batches:
+    if jax.process_count() == 1:
+      yield jax.tree.map(np.asarray, batch)
+    else:
+      yield jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), batch)
