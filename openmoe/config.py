@@ -15,6 +15,8 @@ from collections.abc import Mapping
 class ConfigError(ValueError):
   """A configuration that cannot be run, refused before anything is compiled."""
 
+  exit_code = 64  # EX_USAGE, as openmoe.observe.command has them
+
 
 class Dispatch(enum.Enum):
   """How tokens reach their experts. All agree to rounding where nothing is dropped."""

@@ -50,6 +50,8 @@ from openmoe.types import Batch, PyTree
 class NonFiniteLoss(RuntimeError):
   """Training diverged; the message names the step, the batch and the last good checkpoint."""
 
+  exit_code = 65
+
 
 class End(enum.Enum):
   """Why a run made no further step."""

@@ -22,6 +22,8 @@ from openmoe.models.openmoe import group_shape
 class NamesError(ValueError):
   """Names are missing, unknown or doubled; the message gives the nearest right ones."""
 
+  exit_code = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:

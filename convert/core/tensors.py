@@ -27,6 +27,8 @@ DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': BFLOAT16}
 class ConvertError(RuntimeError):
   """A conversion or check that cannot go on; names the tensor, the rule and the remedy."""
 
+  exit_code = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Stored:

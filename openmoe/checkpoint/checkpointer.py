@@ -43,7 +43,9 @@ _WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 
 
 class CheckpointError(RuntimeError):
-  """A checkpoint could not be written, or none that can be trusted could be read."""
+  """No checkpoint that can be trusted could be read, or none could be written."""
+
+  exit_code = 65
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
@@ -304,6 +306,7 @@ class Checkpointer:
       f'({type(error).__name__}: {error}); {newest}. Make room or make the directory writable: '
       'the next save tries again.'
     )
+    self._failure.exit_code = 64  # what is there is sound
     self._failure.__cause__ = error
     self._note(str(self._failure))
 

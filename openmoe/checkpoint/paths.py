@@ -20,6 +20,8 @@ PARTIAL = '.partial'  # what an unfinished file's name ends with
 class Unreadable(ValueError):
   """A file that is not what it has to be; the message names the file and the rule."""
 
+  exit_code = 65
+
 
 def is_remote(path: os.PathLike | str) -> bool:
   """Whether a path lies in an object store such as gs://.

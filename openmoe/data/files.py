@@ -35,6 +35,8 @@ Path = str | os.PathLike
 class DamagedFile(ConfigError):
   """A file is there and cannot be read as what it says it is."""
 
+  exit_code = 65
+
 
 def _check_regular(path: Path) -> None:
   """Raises ConfigError unless a local path is a file; opening a named pipe would wait for ever."""
