@@ -18,8 +18,9 @@ from rich.progress import track
 
 from openmoe.checkpoint.checkpointer import CheckpointError
 from openmoe.config import ConfigError
+from openmoe.data import files
 from openmoe.inference.decode import Sampling
-from tasks.evaluation import mt_bench, records
+from tasks.evaluation import mt_bench
 
 
 def load_model(checkpoint: str, dtype: str):
@@ -30,9 +31,8 @@ def load_model(checkpoint: str, dtype: str):
 
 def run(args: argparse.Namespace) -> pathlib.Path:
   """Answers what is not answered yet; returns where."""
-  path = pathlib.Path(args.questions)
-  questions = records.read_file(path)
-  system = pathlib.Path(args.system_file).read_text().strip() if args.system_file else None
+  questions = mt_bench.read_questions(args.questions)
+  system = files.read_text(args.system_file).strip() if args.system_file else None
   out = pathlib.Path(args.out or f'mt_bench/model_answer/{args.model_id}.jsonl')
   answers = mt_bench.read_answers(out)
   done = {answer['question_id'] for answer in answers}

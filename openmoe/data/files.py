@@ -13,14 +13,13 @@ import gzip
 import io
 import json
 import os
-import stat
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import pyarrow
-from etils import epath
 
+from openmoe.checkpoint import paths
 from openmoe.config import ConfigError
 
 MOST_BYTES = 1 << 31  # of a file that is read as a whole, decompressed
@@ -38,16 +37,15 @@ class DamagedFile(ConfigError):
   exit_code = 65
 
 
-def _check_regular(path: Path) -> None:
-  """Raises ConfigError unless a local path is a file; opening a named pipe would wait for ever."""
+def _open(path: Path) -> BinaryIO:
+  """Opens a regular file; raises ConfigError for anything else."""
   try:
-    mode = os.stat(path).st_mode
+    file = paths.open_regular(path)
   except FileNotFoundError as error:
     raise ConfigError(f'{path} does not exist; give the path of a file.') from error
   except (OSError, ValueError) as error:
-    raise ConfigError(f'{path} cannot be looked at ({_reason(error)}).') from error
-  if not stat.S_ISREG(mode):
-    raise ConfigError(f'{path} is a folder, pipe or device; give the path of a file.')
+    raise ConfigError(f'{path} cannot be opened ({_reason(error)}).') from error
+  return file if paths.is_remote(path) else io.BufferedReader(file)
 
 
 def _reason(error: BaseException) -> str:
@@ -55,15 +53,16 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-  """What reading raises becomes a DamagedFile that names the file."""
+def reading(path: Path) -> Iterator[None]:
+  """What libraries raise for a file that is damaged becomes a DamagedFile that names it."""
   try:
     yield
   except EOFError as error:
     raise DamagedFile(
       f'{path} ends too early: it was cut off in copying; copy it again.'
     ) from error
-  except (OSError, zlib.error, pyarrow.ArrowException) as error:
+  # Text that is no UTF-8 and dates beyond the calendar are found when values are made of columns.
+  except (OSError, zlib.error, pyarrow.ArrowException, UnicodeError, OverflowError) as error:
     raise DamagedFile(f'{path} cannot be read ({_reason(error)}); copy it again.') from error
 
 
@@ -74,11 +73,11 @@ class _Reader:
     self._path, self._file = path, file
 
   def read(self, size: int = -1) -> bytes:
-    with _named(self._path):
+    with reading(self._path):
       return self._file.read(size)
 
   def readline(self, limit: int = -1) -> bytes:
-    with _named(self._path):
+    with reading(self._path):
       return self._file.readline(limit)
 
 
@@ -91,18 +90,16 @@ def opened(path: Path) -> Iterator[_Reader]:
     DamagedFile: also while it is read; it is damaged, cut off, or a Git LFS pointer.
   """
   name = os.fspath(path)
-  if '://' not in name:
-    _check_regular(path)
   with contextlib.ExitStack() as stack:
-    with _named(path):
-      file = stack.enter_context(epath.Path(path).open('rb'))
+    file = stack.enter_context(_open(path))
+    with reading(path):
       head = file.read(len(_LFS))
       file.seek(0)
     if head == _LFS:
       raise DamagedFile(
         f'{path} is a Git LFS pointer, not the file: `git lfs pull` in its folder, or download it.'
       )
-    with _named(path):
+    with reading(path):
       if name.endswith('.gz'):
         file = stack.enter_context(gzip.GzipFile(fileobj=file))
       elif name.endswith('.zst'):

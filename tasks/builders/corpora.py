@@ -7,12 +7,15 @@ whose unsorted inputs and non-JSON metadata are not kept.
 
 from __future__ import annotations
 
+import base64
+import json
 import os
+from collections.abc import Mapping
 
 import tensorflow_datasets as tfds
 
 from openmoe.config import ConfigError
-from tasks.builders import records
+from tasks import records
 
 # Languages of The Stack to build, comma separated folder names; empty builds all.
 LANGUAGES_VARIABLE = 'OPENMOE_STACK_LANGUAGES'
@@ -20,6 +23,30 @@ LANGUAGES_VARIABLE = 'OPENMOE_STACK_LANGUAGES'
 REDPAJAMA = (
   'arxiv', 'book', 'c4', 'common_crawl', 'github', 'stackexchange', 'wikipedia',
 )  # fmt: skip
+
+
+def text_and_meta(where: str, record: Mapping, text_field: str = 'text') -> dict[str, str]:
+  """{'text', 'meta'}: meta is JSON of the field `meta`, or of all fields but the text.
+
+  Raises:
+    ConfigError: if the text is not a string.
+  """
+  text = record.get(text_field)
+  if not isinstance(text, str):
+    raise ConfigError(f'{where}: field {text_field!r} holds no text but {text!r}.')
+  rest = {k: v for k, v in record.items() if k != text_field}
+  return {'text': text, 'meta': to_json(rest.get('meta', rest))}
+
+
+def to_json(value: object) -> str:
+  """JSON with sorted keys; dates as ISO text, bytes as base64."""
+
+  def other(item):
+    if isinstance(item, bytes):
+      return base64.b64encode(item).decode()
+    return item.isoformat() if hasattr(item, 'isoformat') else str(item)
+
+  return json.dumps(value, sort_keys=True, ensure_ascii=False, default=other)
 
 
 class _Corpus(tfds.core.GeneratorBasedBuilder):
@@ -44,7 +71,7 @@ class _Corpus(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, folder: str):
     for key, record in records.jsonl_records(folder):
-      yield key, records.text_and_meta(f'{folder}/{key}', record)
+      yield key, text_and_meta(f'{folder}/{key}', record)
 
 
 class RedpajamaArxiv(_Corpus):
@@ -107,7 +134,7 @@ class TheStackDedup(_Corpus):
       )
     keep = (lambda path: path.parts[0] in names) if names else bool
     for key, row in records.parquet_records(root, keep=keep):
-      yield key, records.text_and_meta(f'{root}/{key}', row, 'content')
+      yield key, text_and_meta(f'{root}/{key}', row, 'content')
 
 
 BUILDERS = {

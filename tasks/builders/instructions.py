@@ -6,14 +6,13 @@ content follows the public raw files.
 
 from __future__ import annotations
 
-import csv
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import tensorflow_datasets as tfds
 
 from openmoe.config import ConfigError
-from tasks.builders import records
+from tasks import records
 
 SHOTS = 5
 _LETTERS = 'ABCD'
@@ -139,11 +138,11 @@ class Mmlu(_Texts):
 def _csv_rows(path: pathlib.Path) -> list[list[str]]:
   if not path.exists():
     raise ConfigError(f'{path} is missing; unpack the whole MMLU data.tar.')
-  with path.open(newline='', encoding='utf-8') as f:
-    rows = list(csv.reader(f))
-  for number, row in enumerate(rows, start=1):
-    if len(row) != 6 or row[5] not in _LETTERS:
-      raise ConfigError(f'{path}:{number}: {len(row)} columns ending in {row[-1:]}, not 6 in A..D.')
+  rows = []
+  for where, row in records.csv_rows(path):
+    if len(row) != 6 or row[5] not in tuple(_LETTERS):
+      raise ConfigError(f'{where}: {len(row)} columns ending in {row[-1:]}, not 6 in A..D.')
+    rows.append(row)
   return rows
 
 

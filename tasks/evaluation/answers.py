@@ -3,21 +3,24 @@
 `reference` prompts and readings of the first three are OpenMoE's, missing line breaks included
 (authors' T5 fork, t5/data/tasks.py and postprocessors.py); GSM8K's are the Open LLM leaderboard's.
 
-Columns: triviaqa question, answer {value, aliases}; boolq passage, question, answer; lambada text
-(or passage); gsm8k question, answer.
+Columns: triviaqa question, answer (an object with value and aliases, a list, or one text; also with
+the capital letters of its authors' files); boolq passage, question, answer (or SuperGLUE's label);
+lambada text (or passage); gsm8k question, answer.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from openmoe.evaluation.items import EvaluationTask, Item, Prediction, Prompt
-from tasks.evaluation import build, records
-from tasks.evaluation.build import REFERENCE
-from tasks.evaluation.records import Record, field
+from tasks.evaluation import build, fields, splits
+from tasks.evaluation.build import FIXED, REFERENCE
+from tasks.evaluation.numerals import read_number, read_reference
+from tasks.records import Record
 
 # --- TriviaQA
 
@@ -36,16 +39,69 @@ def _f1(answer: str, text: str) -> float:
   return 2 * common / (wanted.total() + found.total()) if common else 0.0
 
 
+def _key(text: str) -> str:
+  """What is compared; of an answer that is all articles or signs, the words as they are."""
+  return normalize_trivia(text) or ' '.join(text.lower().split())
+
+
 def read_trivia(text: str) -> str:
   """Up to the first full stop, comma, backspace or line break."""
   return re.split(r'[.,\x08\n]', text, maxsplit=1)[0].strip()
 
 
-def measure_trivia(item: Item, prediction: Prediction) -> dict[str, float]:
-  """Exact match and word F1 after normalisation, of the best alias; 0 to 1."""
-  text = normalize_trivia(read_trivia(prediction.texts[0]))
-  answers = [normalize_trivia(answer) for answer in item.answers]
-  return {'em': float(text in answers), 'f1': max(_f1(answer, text) for answer in answers)}
+def trivia_readings(text: str) -> list[str]:
+  """The first line, and what comes before each of its stops.
+
+  A stop is a full stop, comma or the like before a space or the end, so that "Dr. No", "1,000" and
+  "Dr. No. He is" can all be right, as can a name that a sentence follows.
+  """
+  line = re.split(r'[\x08\n\r]', text.strip(), maxsplit=1)[0]
+  ends = [found.start() for found in re.finditer(r'[.,;:!?](?=\s|$)', line)]
+  return list(dict.fromkeys(line[:end].strip() for end in (*ends, len(line))))
+
+
+def measure_trivia(item: Item, prediction: Prediction, mode: str = FIXED) -> dict[str, float]:
+  """Exact match and word F1 after normalisation, of the best alias; 0 to 1.
+
+  In reference mode of what read_trivia leaves; else of the best reading, and none is never right.
+  """
+  if mode == REFERENCE:
+    text = normalize_trivia(read_trivia(prediction.texts[0]))
+    answers = [normalize_trivia(answer) for answer in item.answers]
+    return {'em': float(text in answers), 'f1': max(_f1(answer, text) for answer in answers)}
+  answers = [key for key in map(_key, item.answers) if key]
+  found = [key for key in map(_key, trivia_readings(prediction.texts[0])) if key]
+  scores = [_f1(answer, text) for answer in answers for text in found]
+  return {'em': float(any(text in answers for text in found)), 'f1': max(scores, default=0.0)}
+
+
+def _trivia_answers(record: Record) -> tuple[str | None, list[str]]:
+  """(value, aliases) of a record; one of them is there.
+
+  Raises:
+    DamagedFile: neither is.
+  """
+  given = fields.structure(fields.get(record, 'answer', 'Answer'))
+  value, aliases = given, None
+  if isinstance(given, Mapping):
+    value, aliases = (
+      next((given[name] for name in (name, name.capitalize()) if name in given), None)
+      for name in ('value', 'aliases')
+    )
+  elif isinstance(given, list):
+    value, aliases = (given[0] if given else None), given
+  aliases = fields.structure(aliases)
+  if isinstance(aliases, str):
+    aliases = [aliases]
+  known = fields.texts(record, aliases, 'aliases', least=0) if aliases is not None else []
+  known = [alias for alias in known if alias.strip()]
+  if fields.hidden(value):
+    value = None
+  if value is None and not known:
+    raise fields.refuse(
+      record, f"'answer' is empty ({fields.shown(given)}): this is a split without answers."
+    )
+  return (None if value is None else fields.as_text(record, 'answer', value)), known
 
 
 def triviaqa(mode: str, shots: int | None, data_dir: str) -> EvaluationTask:
@@ -53,21 +109,25 @@ def triviaqa(mode: str, shots: int | None, data_dir: str) -> EvaluationTask:
   shots = shots or 0
   between = '' if mode == REFERENCE else '\n'
   head = 'Answer the following trivia question:\n'
-  text = lambda record: f'Question: {field(record, "question", "triviaqa")}{between}Answer:'
-  answer = lambda record: field(record, 'answer', 'triviaqa')
-  solved = lambda record: f'{text(record)} {answer(record)["value"]}'
+
+  def text(record: Record) -> str:
+    return f'Question: {fields.text(record, "question", "Question", empty=False)}{between}Answer:'
+
+  def solved(record: Record) -> str:
+    value, aliases = _trivia_answers(record)
+    return f'{text(record)} {aliases[0] if value is None else value}'
 
   def items() -> list[Item]:
-    asked = records.read(data_dir, 'triviaqa', 'validation')
-    pool = records.read(data_dir, 'triviaqa', 'train') if shots else []
+    asked = splits.read(data_dir, 'triviaqa', 'validation')
+    pool = splits.read(data_dir, 'triviaqa', 'train') if shots else []
     prompts = build.few_shot(asked, pool, shots, text, solved, prefix=head)
     found = []
     for i, (record, prompt) in enumerate(zip(asked, prompts, strict=True)):
-      aliases = tuple(answer(record).get('aliases') or ())
+      value, aliases = _trivia_answers(record)
+      first = () if value is None else (value,)
       # The original looks at aliases alone; a record without any would always be wrong.
-      value = (answer(record)['value'],)
-      known = aliases or value if mode == REFERENCE else tuple(dict.fromkeys(value + aliases))
-      found.append(Item(str(i), prompt, answers=known))
+      known = aliases or first if mode == REFERENCE else dict.fromkeys((*first, *aliases))
+      found.append(Item(str(i), prompt, answers=tuple(known)))
     return found
 
   return EvaluationTask(
@@ -75,7 +135,7 @@ def triviaqa(mode: str, shots: int | None, data_dir: str) -> EvaluationTask:
     'triviaqa',
     items,
     'em',
-    measure_trivia,
+    functools.partial(measure_trivia, mode=mode),
     shots=shots,
     max_new_tokens=32,
     stop=('\n',),
@@ -83,6 +143,27 @@ def triviaqa(mode: str, shots: int | None, data_dir: str) -> EvaluationTask:
 
 
 # --- BoolQ
+
+_YES, _NO = ('true', 'yes', '1', '1.0'), ('false', 'no', '0', '0.0')
+
+
+def _is_yes(record: Record) -> int:
+  """1 for yes and 0 for no, in the usual spellings.
+
+  Raises:
+    DamagedFile: the answer is neither, or hidden.
+  """
+  value = fields.get(record, 'answer', 'label')
+  if fields.hidden(value):
+    raise fields.refuse(
+      record,
+      f"'answer' is empty or -1 ({fields.shown(value)}): this is a split without answers; take one "
+      'with them.',
+    )
+  spelt = str(value).strip().lower()
+  if spelt not in _YES + _NO:
+    raise fields.refuse(record, f"'answer' is {fields.shown(value)}, neither true nor false.")
+  return int(spelt in _YES)
 
 
 def boolq(mode: str, shots: int | None, data_dir: str) -> EvaluationTask:
@@ -92,23 +173,25 @@ def boolq(mode: str, shots: int | None, data_dir: str) -> EvaluationTask:
   before = '\n\nQuestion: ' if mode == REFERENCE else '\nQuestion: '
 
   def text(record: Record) -> str:
-    return f'{field(record, "passage", "boolq")}{before}{field(record, "question", "boolq")}{asks}'
+    passage, question = (fields.text(record, name) for name in ('passage', 'question'))
+    return f'{passage}{before}{question}{asks}'
 
-  right = lambda record: int(str(field(record, 'answer', 'boolq')).lower() in ('true', '1', 'yes'))
   choices = (' no', ' yes')
-  solved = lambda record: text(record) + choices[right(record)]
+  solved = lambda record: text(record) + choices[_is_yes(record)]
 
   def items() -> list[Item]:
-    asked = records.read(data_dir, 'boolq', 'validation')
-    pool = records.read(data_dir, 'boolq', 'train') if shots else []
+    asked = splits.read(data_dir, 'boolq', 'validation')
+    pool = splits.read(data_dir, 'boolq', 'train') if shots else []
     prompts = build.few_shot(asked, pool, shots, text, solved)
     return [
-      build.choice_item(str(i), prompt, choices, right(record))
+      build.choice_item(str(i), prompt, choices, _is_yes(record))
       for i, (record, prompt) in enumerate(zip(asked, prompts, strict=True))
     ]
 
   metric = 'acc_token' if mode == REFERENCE else 'acc'
-  return build.ranking_task('boolq', metric, 0.5, items=items, shots=shots, joint=mode != REFERENCE)
+  return build.ranking_task(
+    'boolq', metric, 0.5, mode, items=items, shots=shots, joint=mode != REFERENCE
+  )
 
 
 # --- LAMBADA
@@ -138,13 +221,16 @@ def lambada(mode: str, shots: int | None, data_dir: str) -> EvaluationTask:
 
   def items() -> list[Item]:
     found = []
-    for i, record in enumerate(records.read(data_dir, 'lambada', 'test')):
-      name = 'passage' if 'passage' in record else 'text'
-      before, _, word = field(record, name, 'lambada').strip().rpartition(' ')
+    for i, record in enumerate(splits.read(data_dir, 'lambada', 'test')):
+      whole = fields.text(record, 'text', 'passage', empty=False).strip()
+      parts = whole.rsplit(' ' if mode == REFERENCE else None, 1)
+      if len(parts) < 2:
+        raise fields.refuse(record, f"'text' is one word ({fields.shown(whole)}); remove it.")
+      before, word = parts
       if mode == REFERENCE:
         found.append(Item(str(i), Prompt(before), answers=(word,)))
       else:
-        found.append(Item(str(i), Prompt(before), (f' {word}',), (1.0,), (word,)))
+        found.append(Item(str(i), Prompt(before), (whole[len(before) :],), (1.0,), (word,)))
     return found
 
   if mode == REFERENCE:
@@ -154,36 +240,36 @@ def lambada(mode: str, shots: int | None, data_dir: str) -> EvaluationTask:
 
 # --- GSM8K
 
-_NUMBER = r'-?\$?[0-9][0-9,]*(?:\.[0-9]+)?'
-
-
-def read_number(text: str, strict: bool) -> str | None:
-  """The answer of a solution: what follows '####', or (not strict) else the last number."""
-  marked = re.search(rf'#### ?({_NUMBER})', text)
-  found = [marked.group(1)] if marked else []
-  if not found and not strict:
-    found = re.findall(_NUMBER, text)
-  return found[-1].replace(',', '').replace('$', '').removesuffix('.0') if found else None
-
 
 def gsm8k(mode: str, shots: int | None, data_dir: str) -> EvaluationTask:
   """5-shot accuracy of the final number; in reference mode it has to follow '####'."""
   shots = 5 if shots is None else shots
-  text = lambda record: f'Question: {field(record, "question", "gsm8k")}\nAnswer:'
-  solved = lambda record: f'{text(record)} {field(record, "answer", "gsm8k")}'
+  text = lambda record: f'Question: {fields.text(record, "question", empty=False)}\nAnswer:'
+  solved = lambda record: f'{text(record)} {fields.text(record, "answer", empty=False)}'
+
+  def answer(record: Record) -> str:
+    found = fields.text(record, 'answer')
+    if not found.strip():
+      raise fields.refuse(record, "'answer' is empty: this is a split without answers.")
+    if read_reference(found) is None:
+      raise fields.refuse(
+        record, f"'answer' has no number after '####' and is none ({fields.shown(found)})."
+      )
+    return found
 
   def items() -> list[Item]:
-    asked = records.read(data_dir, 'gsm8k', 'test')
-    pool = records.read(data_dir, 'gsm8k', 'train') if shots else []
+    asked = splits.read(data_dir, 'gsm8k', 'test')
+    pool = splits.read(data_dir, 'gsm8k', 'train') if shots else []
     prompts = build.few_shot(asked, pool, shots, text, solved)
     return [
-      Item(str(i), prompt, answers=(record['answer'],))
+      Item(str(i), prompt, answers=(answer(record),))
       for i, (record, prompt) in enumerate(zip(asked, prompts, strict=True))
     ]
 
   def measure(item: Item, prediction: Prediction) -> dict[str, float]:
-    wanted = read_number(item.answers[0], strict=True)
-    return {'acc': float(read_number(prediction.texts[0], mode == REFERENCE) == wanted)}
+    wanted = read_reference(item.answers[0])
+    found = read_number(prediction.texts[0], mode == REFERENCE)
+    return {'acc': float(found is not None and found == wanted)}
 
   stop: Sequence[str] = ('Question:',)
   return EvaluationTask(

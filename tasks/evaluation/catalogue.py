@@ -49,6 +49,11 @@ _PROGRAMS = ('humaneval', 'mbpp')
 BIGBENCH_SHOTS = 3  # of the published table
 
 
+def _nearest(name: object, known: Sequence[str]) -> str:
+  """The names that are most like one, or all of them."""
+  return ', '.join(difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or known)
+
+
 def expand(names: Sequence[str]) -> list[str]:
   """Names with suites replaced by what they stand for, each once.
 
@@ -59,8 +64,7 @@ def expand(names: Sequence[str]) -> list[str]:
   found = []
   for name in names:
     if name not in known:
-      near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
-      raise ConfigError(f'{name!r} is no evaluation. Nearest: {", ".join(near)}.')
+      raise ConfigError(f'{name!r} is no evaluation. Nearest: {_nearest(name, known)}.')
     found += SUITES.get(name, (name,))
   return list(dict.fromkeys(found))
 
@@ -81,7 +85,7 @@ def make_tasks(
   Args:
     names: of the catalogue.
     prompt_mode: 'reference' or 'fixed'. BIG-bench's prompts are the original's in both; what is
-      different there is how a prompt that is too long is cut (openmoe/evaluate.py).
+      different there is how a prompt that is too long is cut (openmoe/evaluation/run.py).
     shots: solved examples; None is what each is published with.
     bigbench_dir: holds the 24 folders.
     data_dir: holds a folder for each other benchmark.
@@ -114,7 +118,7 @@ def register(name: str, mode: str, data_dir: str, vocabulary: seqio.Vocabulary) 
     Name of the task.
   """
   if name not in BENCHMARKS:
-    raise ConfigError(f'{name!r} is no benchmark; there are: {", ".join(BENCHMARKS)}.')
+    raise ConfigError(f'{name!r} is no benchmark. Nearest: {_nearest(name, list(BENCHMARKS))}.')
 
   def dataset(split, shuffle_files, seed=None):
     del split, shuffle_files, seed

@@ -9,22 +9,22 @@ test_list, and test_setup_code if any.
 
 from __future__ import annotations
 
-import re
+import textwrap
 
 from openmoe.config import ConfigError
 from openmoe.evaluation.items import EvaluationTask, Item, Prediction, Prompt
-from tasks.evaluation import records, sandbox
+from tasks.evaluation import fields, programs, sandbox, splits
 from tasks.evaluation.build import REFERENCE
-from tasks.evaluation.records import Record, field
+from tasks.records import Record
 
 # What ends a function that stands at the left margin.
 _HUMANEVAL_STOP = ('\nclass ', '\ndef ', '\n#', '\nif __name__', '\nprint(', '\n```', '\n@')
 _MBPP_SHOTS = (2, 3, 4)  # task_ids of the three solved examples of the benchmark's paper
 
 
-def _pass_rates(item: Item, prediction: Prediction, programs: list[str]) -> dict[str, float]:
+def _pass_rates(item: Item, prediction: Prediction, written: list[str]) -> dict[str, float]:
   """pass@1 and pass@k of every power of ten up to the number of samples."""
-  passed = sum(sandbox.run(program).passed for program in programs)
+  passed = sum(sandbox.run(program).passed for program in written)
   samples = len(prediction.texts)
   ks = [k for k in (1, 10, 100) if k <= samples]
   return {f'pass@{k}': sandbox.pass_at_k(samples, passed, k) for k in ks}
@@ -36,6 +36,18 @@ def _check_samples(samples: int, temperature: float) -> None:
       f'samples={samples} at temperature 0 are all the same; set TEMPERATURE (0.2 for pass@1, 0.8 '
       'for pass@100 are usual), or samples=1.'
     )
+
+
+def _body(text: str, prompt: str, name: str) -> str:
+  """The continuation of a prompt in a text: what is in a fence at its beginning, or all of it."""
+  if not text.lstrip().startswith(('```', '~~~')):
+    return text
+  code = programs.program(text.lstrip(), {name})
+  if f'def {name}' not in code and not code[:1].isspace():
+    # The body alone, written at the margin: as deep as the prompt's last line.
+    last = prompt.rstrip().rpartition('\n')[2]
+    code = textwrap.indent(code, last[: len(last) - len(last.lstrip())])
+  return f'\n{code}'
 
 
 def humaneval(
@@ -51,17 +63,24 @@ def humaneval(
 
   def items() -> list[Item]:
     found = []
-    for record in records.read(data_dir, 'humaneval', 'test'):
-      get = lambda name, record=record: field(record, name, 'humaneval')
-      after = f'\n{get("test")}\ncheck({get("entry_point")})\n'
-      extra = {'before': get('prompt'), 'after': after}
-      found.append(Item(str(get('task_id')), Prompt(get('prompt'), prefix=head), extra=extra))
+    for record in splits.read(data_dir, 'humaneval', 'test'):
+      prompt, test, entry_point, name = (
+        fields.text(record, n, empty=False) for n in ('prompt', 'test', 'entry_point', 'task_id')
+      )
+      if not entry_point.isidentifier() or 'check' not in test:
+        raise fields.refuse(
+          record, f"'test' must define check() and 'entry_point' be a name, not {entry_point!r}."
+        )
+      extra = {'before': prompt, 'after': f'\n{test}\ncheck({entry_point})\n', 'name': entry_point}
+      found.append(Item(name, Prompt(prompt, prefix=head), extra=extra))
     return found
 
   def measure(item: Item, prediction: Prediction) -> dict[str, float]:
     texts = [text.split('<extra_id_0> ')[-1] for text in prediction.texts]
-    programs = [item.extra['before'] + text + item.extra['after'] for text in texts]
-    return _pass_rates(item, prediction, programs)
+    if mode != REFERENCE:
+      texts = [_body(text, item.extra['before'], item.extra['name']) for text in texts]
+    written = [item.extra['before'] + text + item.extra['after'] for text in texts]
+    return _pass_rates(item, prediction, written)
 
   return EvaluationTask(
     'humaneval',
@@ -76,13 +95,34 @@ def humaneval(
   )
 
 
+def _mbpp_tests(record: Record) -> list[str]:
+  """Its assertions; without any, every program would pass."""
+  return fields.texts(record, fields.get(record, 'test_list'), 'test_list', least=1)
+
+
 def _mbpp_question(record: Record) -> str:
-  name = 'text' if 'text' in record else 'prompt'
-  tests = '\n'.join(field(record, 'test_list', 'mbpp'))
+  tests = '\n'.join(_mbpp_tests(record))
   return (
-    f'You are an expert Python programmer, and here is your task: {field(record, name, "mbpp")} '
+    'You are an expert Python programmer, and here is your task: '
+    f'{fields.text(record, "text", "prompt", empty=False)} '
     f'Your code should pass these tests:\n\n{tests}\n[BEGIN]\n'
   )
+
+
+def _mbpp_number(record: Record) -> int:
+  number = fields.whole(fields.get(record, 'task_id'))
+  if number is None:
+    raise fields.refuse(record, f"'task_id' is {fields.shown(record['task_id'])}, not a number.")
+  return number
+
+
+def _mbpp_setup(record: Record) -> str:
+  """What stands before the tests; None and an empty text are the same as no column."""
+  setup = record.get('test_setup_code')
+  if setup:
+    return fields.as_text(record, 'test_setup_code', setup)
+  imports = record.get('test_imports')
+  return '\n'.join(fields.texts(record, imports, 'test_imports', least=0)) if imports else ''
 
 
 def mbpp(
@@ -98,26 +138,24 @@ def mbpp(
 
   def items() -> list[Item]:
     solved = {}
-    for record in records.read(data_dir, 'mbpp', 'prompt') if shots else []:
-      code = field(record, 'code', 'mbpp').replace('\r', '')
-      solved[int(record['task_id'])] = f'{_mbpp_question(record)}{code}\n[DONE]\n'
+    for record in splits.read(data_dir, 'mbpp', 'prompt') if shots else []:
+      code = fields.text(record, 'code', empty=False).replace('\r', '')
+      solved[_mbpp_number(record)] = f'{_mbpp_question(record)}{code}\n[DONE]\n'
     if shots and not set(_MBPP_SHOTS) <= set(solved):
       raise ConfigError(f'mbpp: the prompt split lacks the tasks {_MBPP_SHOTS}; copy it whole.')
     chosen = tuple(solved[i] for i in _MBPP_SHOTS[:shots])
     found = []
-    for record in records.read(data_dir, 'mbpp', 'test'):
-      setup = record.get('test_setup_code') or '\n'.join(record.get('test_imports') or ())
-      after = '\n'.join(['', setup, *field(record, 'test_list', 'mbpp'), ''])
+    for record in splits.read(data_dir, 'mbpp', 'test'):
+      tests = _mbpp_tests(record)
+      extra = {'after': '\n'.join(['', _mbpp_setup(record), *tests, '']), 'tests': tests}
       prompt = Prompt(_mbpp_question(record), chosen, separator='\n')
-      found.append(Item(str(record['task_id']), prompt, extra={'after': after}))
+      found.append(Item(str(_mbpp_number(record)), prompt, extra=extra))
     return found
 
   def measure(item: Item, prediction: Prediction) -> dict[str, float]:
-    # Some write the code in a fence; what is between is the program.
-    fenced = (re.search(r'```(?:python)?\n(.*?)```', text, re.DOTALL) for text in prediction.texts)
-    found = zip(fenced, prediction.texts, strict=True)
-    programs = [(m.group(1) if m else text) + item.extra['after'] for m, text in found]
-    return _pass_rates(item, prediction, programs)
+    names = programs.called('\n'.join(item.extra['tests']))
+    written = [programs.program(text, names) + item.extra['after'] for text in prediction.texts]
+    return _pass_rates(item, prediction, written)
 
   return EvaluationTask(
     'mbpp',

@@ -4,7 +4,7 @@ Two turns a question; the answer file has one JSON object a line: question_id, a
 choices [{index, turns}], tstamp. Temperatures by category are FastChat's. Judging is FastChat's
 `gen_judgment`, which takes the file as it is.
 
-Columns of the questions: question_id, category, turns.
+Columns of the questions: question_id, category, turns (a list; a text alone is one turn).
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from openmoe.config import ConfigError
-from tasks.evaluation.records import Record, field
+from openmoe.data import files
+from tasks import records
+from tasks.evaluation import fields
+from tasks.records import Record
 
 TEMPERATURES = {
   'writing': 0.7,
@@ -37,6 +40,34 @@ OPENMOE_SYSTEM = 'You are a helpful, respectful and honest assistant.'
 
 CHAT, REFERENCE = 'chat', 'openmoe_reference'
 CONVERSATIONS = (CHAT, REFERENCE)
+
+
+def read_questions(path: str | os.PathLike) -> list[Record]:
+  """The questions of a file, whose `turns` are lists of texts.
+
+  Raises:
+    ConfigError: a record has no id or no turns, or an id is there twice; naming the record.
+  """
+  found, seen = [], {}
+  for record in records.read(path):
+    number = fields.get(record, 'question_id')
+    if isinstance(number, bool) or not isinstance(number, int | str):
+      raise fields.refuse(
+        record, f"'question_id' is {fields.shown(number)}, not a number or a text."
+      )
+    if number in seen:
+      raise fields.refuse(record, f"'question_id' {number!r} is that of {seen[number]} as well.")
+    seen[number] = record.where
+    found.append(Record({**record, 'turns': _turns(record)}, record.where))
+  return found
+
+
+def _turns(record: Record) -> list[str]:
+  given = fields.structure(fields.get(record, 'turns'))
+  turns = fields.texts(record, [given] if isinstance(given, str) else given, 'turns', least=1)
+  if not all(turn.strip() for turn in turns):
+    raise fields.refuse(record, f"'turns' has an empty one ({fields.shown(turns)}).")
+  return turns
 
 
 def openmoe_reference(users: Sequence[str], replies: Sequence[str], system: str) -> str:
@@ -82,7 +113,7 @@ def answer(
 
   Args:
     model: an openmoe.inference.model.LanguageModel.
-    questions: records; see the module's docstring.
+    questions: as read_questions gives them.
     sampling: makes the model's sampling settings from a temperature.
     conversation: 'chat' for the model's own template, or 'openmoe_reference'.
     system: system text; None for that of the model's page.
@@ -95,8 +126,8 @@ def answer(
     ConfigError: a question leaves no room for an answer.
   """
   for question in questions:
-    users, replies = field(question, 'turns', 'mt_bench'), []
-    heat = TEMPERATURES.get(question.get('category', ''), OTHER_TEMPERATURE)
+    users, replies = _turns(question), []
+    heat = TEMPERATURES.get(str(question.get('category')), OTHER_TEMPERATURE)
     for turn in range(len(users)):
       ids, stop = _prompt(model, users[: turn + 1], replies, system, conversation)
       # The published run lowered the length of an answer where prompt and answer would not fit.
@@ -116,13 +147,14 @@ def answer(
 
 def read_answers(path: str | os.PathLike) -> list[dict[str, Any]]:
   """Answers of an earlier run; [] if there is no file."""
-  path = pathlib.Path(path)
-  if not path.exists():
+  if not pathlib.Path(path).exists():
     return []
-  try:
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
-  except json.JSONDecodeError as error:
-    raise ConfigError(f'{path} is no answer file ({error}); move it away.') from error
+  found = []
+  for where, answer in files.json_lines(path):
+    if not isinstance(answer, dict) or not {'question_id', 'choices'} <= answer.keys():
+      raise ConfigError(f'{where} is no answer of MT-Bench; move the file away.')
+    found.append(answer)
+  return found
 
 
 def write_answers(path: str | os.PathLike, answers: Sequence[Mapping[str, Any]]) -> None:
@@ -130,7 +162,8 @@ def write_answers(path: str | os.PathLike, answers: Sequence[Mapping[str, Any]])
   path = pathlib.Path(path)
   partial = path.with_name(f'{path.name}.partial')
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial.write_text(''.join(json.dumps(a, ensure_ascii=False) + '\n' for a in answers))
+  text = ''.join(json.dumps(a, ensure_ascii=False) + '\n' for a in answers)
+  partial.write_text(text, encoding='utf-8')
   partial.replace(path)
 
 

@@ -74,11 +74,11 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, said):
 def test_what_is_no_file_is_refused_without_waiting(tmp_path):
   os.mkfifo(tmp_path / 'pipe')
   for name in ('pipe', '.'):
-    with pytest.raises(ConfigError, match='is a folder, pipe or device'):
+    with pytest.raises(ConfigError, match='is a pipe, a device or a directory'):
       files.read_bytes(tmp_path / name)
   with pytest.raises(ConfigError, match='does not exist'):
     files.read_bytes(tmp_path / 'none')
-  with pytest.raises(ConfigError, match='cannot be looked at'):
+  with pytest.raises(ConfigError, match='cannot be opened'):
     files.read_bytes('a\x00b')
 
 

@@ -16,7 +16,7 @@ from openmoe.config import ConfigError
 from openmoe.data import tfds_source
 from openmoe.evaluation import run as evaluate
 from openmoe.evaluation.items import Item, Prediction, Prompt
-from tasks.evaluation import answers, build, catalogue, code, leaderboard, records
+from tasks.evaluation import answers, build, catalogue, code, leaderboard, splits
 from tests.evaluation_case import FakeModel, Silent
 
 ARC = [
@@ -157,7 +157,9 @@ def test_readings_of_answers():
   item = Item('0', Prompt('q'), answers=('The Xi', 'y z'))
   measure = lambda text: answers.measure_trivia(item, Prediction(texts=(text,)))
   assert measure('a "xi".\nmore') == {'em': 1.0, 'f1': 1.0}
-  assert measure(' y w, z') == {'em': 0.0, 'f1': 0.5}
+  assert measure(' y w, z') == {'em': 0.0, 'f1': 0.8}
+  reference = answers.measure_trivia(item, Prediction(texts=(' y w, z',)), 'reference')
+  assert reference == {'em': 0.0, 'f1': 0.5}
   assert answers.read_trivia('one\x08two') == 'one'
   assert [answers.read_word(t) for t in (' door, he', 'a\nb', 'x;.', '', '\n')] == [
     'door',
@@ -234,19 +236,19 @@ def test_files_of_every_kind_are_read(tmp_path):
     file.writelines(json.dumps(row) + '\n' for row in rows)
   pa.parquet.write_table(pa.Table.from_pylist(rows), folder / 'c.parquet')
   for split in 'abc':
-    assert records.read(str(tmp_path), 'piqa', split) == rows
+    assert splits.read(str(tmp_path), 'piqa', split) == rows
   (folder / 'd.csv').write_text('goal,label\n"x, y",1\n')
-  assert records.read(str(tmp_path), 'piqa', 'd') == [{'goal': 'x, y', 'label': '1'}]
+  assert splits.read(str(tmp_path), 'piqa', 'd') == [{'goal': 'x, y', 'label': '1'}]
 
 
 def test_bad_input_is_named(tmp_path, data_dir):
   with pytest.raises(ConfigError, match=r'needs its test split: there is neither .*boolq'):
-    records.read(data_dir, 'boolq', 'test')
+    splits.read(data_dir, 'boolq', 'test')
   with pytest.raises(ConfigError, match='nor a prepared TFDS trivia_qa'):
-    records.read(str(tmp_path / 'nowhere'), 'triviaqa', 'validation')
+    splits.read(str(tmp_path / 'nowhere'), 'triviaqa', 'validation')
   path = tmp_path / 'piqa' / 'validation.jsonl'
   path.write_text(path.read_text()[:-9])
-  with pytest.raises(ConfigError, match='line 1 is no JSON'):
+  with pytest.raises(ConfigError, match='jsonl:1 is no JSON'):
     first('piqa', 'fixed', data_dir)
   path.write_text('')
   with pytest.raises(ConfigError, match='has no records'):

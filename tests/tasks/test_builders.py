@@ -17,8 +17,8 @@ import tensorflow_datasets as tfds
 from openmoe.config import ConfigError, DataConfig
 from openmoe.data.stream import ShardedStream
 from openmoe.data.vocabulary import train_vocabulary
-from tasks import pretraining, sft
-from tasks.builders import corpora, instructions, records
+from tasks import pretraining, records, sft
+from tasks.builders import corpora, instructions
 from tests.data import case
 
 
@@ -176,8 +176,8 @@ def test_orca_prompt():
 @pytest.mark.parametrize(
   ('content', 'message'),
   [
-    (b'{"text": "half a rec\n', r'x.jsonl:2: Invalid'),
-    (b'{"text": "\xff"}\n', r'x.jsonl:2: .utf-8'),
+    (b'{"text": "half a rec\n', r'x.jsonl:2 is no JSON .Unterminated'),
+    (b'{"text": "\xff"}\n', r'x.jsonl:2 is not UTF-8'),
     (b'[1]\n', r'x.jsonl:2: a list, not a JSON object'),
   ],
 )
