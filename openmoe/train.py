@@ -19,9 +19,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
 
 from openmoe import partitioning
 from openmoe.checkpoint.checkpointer import Checkpointer
+from openmoe.checkpoint.paths import Unreadable
 from openmoe.config import (
   ConfigError,
   DataConfig,
@@ -172,7 +175,7 @@ def train(
 
   # What is opened is closed in turn, also when something raises: a save that has begun is finished.
   with contextlib.ExitStack() as opened:
-    signals = opened.enter_context(Signals())
+    signals = opened.enter_context(Signals(device_mesh))
     checkpointer = opened.enter_context(
       Checkpointer(run.model_dir, run.keep_checkpoints, identity(model))
     )
@@ -213,7 +216,7 @@ def train(
         seed=run.seed,
       ),
       donate_argnums=0,
-      out_shardings=(shardings, None),
+      out_shardings=(shardings, NamedSharding(device_mesh, PartitionSpec())),
     )
     writer = opened.enter_context(
       MetricsWriter(
@@ -241,7 +244,10 @@ def train(
     if end is not End.COMPLETE:
       writer.note(_why_ended(run, end, step, programme))
   if jax.process_index() == 0 and step > 0:
-    pictures.plot_run(run.model_dir)
+    try:
+      pictures.plot_run(run.model_dir)
+    except (OSError, Unreadable) as error:
+      logging.warning('The pictures of the run could not be drawn: %s', error)
   return Result(
     step,
     end,
@@ -315,6 +321,9 @@ def _loop(at: Running) -> End:
     at.writer.flush()
     at.checkpointer.save(at.step, at.state, at.feed.state(), at.describe(at.step))
 
+  # Signals that came while the run was opened are granted before the first step.
+  if at.step < run.total_steps and at.signals.stop_now():
+    return End.STOPPED
   while at.step < run.total_steps:
     batch = next(at.feed, None)
     if batch is None:
@@ -327,7 +336,7 @@ def _loop(at: Running) -> End:
     compiled = True
     at.step += 1
     pending.append((at.step, metrics, at.feed.last))
-    stop = at.signals.stop_after(at.step)
+    stop = at.signals.stop_after_step()
     last = stop or at.step == run.total_steps
     if at.step % run.log_period == 0 or last:
       flush()
@@ -345,7 +354,8 @@ def _loop(at: Running) -> End:
 def _why_ended(run: TrainConfig, end: End, step: int, programme: Programme) -> str:
   """A sentence on a run that did not make all its steps."""
   if end is End.STOPPED:
-    return f'Stopped by a signal after step {step}; the same command continues.'
+    when = f'after step {step}' if step else 'before the first step'
+    return f'Stopped by a signal {when}; the same command continues.'
   stage = programme.stages[programme.at(step)[0]]
   return (
     f'The data of stage {stage.name!r} ended after step {step} of {run.total_steps}, which is '

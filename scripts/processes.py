@@ -16,4 +16,6 @@ _INDEX = flags.DEFINE_integer('process_index', None, 'Number of this process.')
 def join() -> None:
   """Meets the other processes if there are any; before the first use of a device."""
   if _MULTI.value:
+    # Its handler would swallow SIGTERM until ours is there, and tell nobody.
+    jax.config.update('jax_enable_preemption_service', False)
     jax.distributed.initialize(_ADDRESS.value, _COUNT.value, _INDEX.value)

@@ -10,6 +10,7 @@ The same command continues a run that was stopped, or says that it is complete. 
   65  the loss is not finite (EX_DATAERR)
   66  the training data ended before TRAIN_STEPS; what was trained is saved (EX_NOINPUT)
   64  something cannot be run as configured; nothing was compiled (EX_USAGE)
+  130 a second Ctrl-C ended it at once
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from absl import app, flags, logging
 from openmoe import train as train_lib
 from openmoe.checkpoint.checkpointer import CheckpointError
 from openmoe.config import ConfigError
+from openmoe.observe.display import Sheltered
 from scripts import gin_flags, processes
 
 EXIT_USAGE, EXIT_DIVERGED, EXIT_DATA_ENDED, EXIT_STOPPED = 64, 65, 66, 75
+EXIT_INTERRUPTED = 130
 
 _TFDS = flags.DEFINE_string('tfds_data_dir', None, 'Where TFDS data sets lie (local or gs://).')
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Print counts, shardings and bytes; run nothing.')
@@ -72,6 +75,9 @@ def main(argv: list[str]) -> int:
   except train_lib.NonFiniteLoss as error:
     print(f'error: {error}', file=sys.stderr)
     return EXIT_DIVERGED
+  except KeyboardInterrupt:
+    print('\nInterrupted a second time: steps since the last checkpoint are lost.', file=sys.stderr)
+    return EXIT_INTERRUPTED
   except (ConfigError, CheckpointError) as error:
     print(f'error: {error}', file=sys.stderr)
     return EXIT_USAGE
@@ -92,6 +98,8 @@ def _train(arguments: dict) -> int:
 
 def run() -> None:
   """Entry point: rewrites t5x's --gin.NAME flags before absl reads them."""
+  # Whoever reads what is shown may go away; training does not end for it.
+  sys.stdout, sys.stderr = Sheltered(sys.stdout), Sheltered(sys.stderr)
   app.run(main, argv=gin_flags.rewrite(sys.argv))
 
 

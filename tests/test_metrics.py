@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from openmoe.observe import metrics
+from openmoe.observe import metrics, notes
 from openmoe.observe.metrics import MetricsWriter, dead_experts, read_records, read_router
 
 
@@ -65,7 +65,7 @@ def test_starting_anew_in_a_used_directory_drops_the_old_records(tmp_path, out):
 def test_a_half_written_last_line_is_repaired(tmp_path, out, cut):
   with MetricsWriter(tmp_path, 0, 100, stream=out) as writer:
     write_steps(writer, 1, 3)
-  path = tmp_path / metrics.RECORDS
+  path = tmp_path / notes.RECORDS
   path.write_bytes(path.read_bytes()[:-cut])
   assert [r['step'] for r in read_records(tmp_path)] == ([1, 2, 3] if cut == 1 else [1, 2])
   with MetricsWriter(tmp_path, 2, 100, stream=out) as writer:
@@ -90,13 +90,13 @@ def test_values_that_are_not_finite_survive_as_strict_json(tmp_path, out):
   def refuse(name):
     raise AssertionError(f'{name} is not strict JSON')
 
-  json.loads((tmp_path / metrics.RECORDS).read_text(), parse_constant=refuse)
+  json.loads((tmp_path / notes.RECORDS).read_text(), parse_constant=refuse)
   (record,) = read_records(tmp_path)
   np.testing.assert_equal({k: record[k] for k in values}, values)
 
 
 def test_router_files_span_fixed_steps(tmp_path, out, monkeypatch):
-  monkeypatch.setattr(metrics, 'ROUTER_SPAN', 10)
+  monkeypatch.setattr(notes, 'ROUTER_SPAN', 10)
   with MetricsWriter(tmp_path, 0, 100, stream=out, sparse_layers=(3, 7)) as writer:
     write_steps(writer, 1, 25)
   names = sorted(p.name for p in (tmp_path / 'router').iterdir())

@@ -77,11 +77,10 @@ def test_smoothing_keeps_a_constant_and_the_length():
 
 
 def test_a_run_is_written_down(tmp_path):
-  record = run_record.write_run_record(tmp_path, 'TRAIN_STEPS = 5\n', extra={'data_seed': 3})
+  record = run_record.write_run_record(tmp_path, 'TRAIN_STEPS = 5\n')
   assert (tmp_path / 'config.gin').read_text() == 'TRAIN_STEPS = 5\n'
   (start,) = json.loads((tmp_path / 'run.json').read_text())
   assert start == record
-  assert start['data_seed'] == 3
   assert start['start_step'] == 0
   assert start['packages']['jax']
   assert start['devices']['count'] == 8

@@ -6,12 +6,13 @@ Only shows; what is computed and recorded is the business of metrics.py.
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
-from typing import TextIO
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
 
 import numpy as np
 from rich.console import Console, Group
@@ -123,6 +124,44 @@ def validation_line(progress: Progress) -> str:
   step, scalars = progress.validation
   values = '  '.join(f'{name} {value:.4f}' for name, value in scalars.items())
   return f'validation at step {step}:  {values}'
+
+
+class Sheltered(io.TextIOBase):
+  """A stream for people that may go away: a closed pipe or a full disk ends nothing.
+
+  After the first failure nothing more is written. Characters that the stream's encoding lacks are
+  replaced. None, which is what Python makes of a closed standard output, counts as gone.
+  """
+
+  def __init__(self, stream: TextIO | None):
+    self._stream = stream
+
+  @property
+  def encoding(self) -> str:
+    return getattr(self._stream, 'encoding', None) or 'utf-8'
+
+  def isatty(self) -> bool:
+    return self._tried(lambda stream: stream.isatty()) or False
+
+  def fileno(self) -> int:
+    if self._stream is None:
+      raise OSError('The stream is gone.')
+    return self._stream.fileno()
+
+  def write(self, text: str) -> int:
+    plain = text.encode(self.encoding, 'replace').decode(self.encoding)
+    self._tried(lambda stream: stream.write(plain))
+    return len(text)
+
+  def flush(self) -> None:
+    self._tried(lambda stream: stream.flush())
+
+  def _tried(self, act: Callable[[TextIO], Any]) -> Any:
+    try:
+      return None if self._stream is None else act(self._stream)
+    except (OSError, ValueError):  # ValueError: it was closed
+      self._stream = None
+      return None
 
 
 class PlainDisplay:
@@ -264,7 +303,7 @@ class LiveDisplay:
 
 def make_display(stream: TextIO | None = None) -> PlainDisplay | LiveDisplay:
   """The live display where `stream` (standard output by default) is a terminal, else lines."""
-  stream = stream or sys.stdout
+  stream = Sheltered(stream or sys.stdout)
   console = Console(file=stream)
   # rich calls a dumb terminal a terminal; it cannot move the cursor.
   if console.is_terminal and not console.is_dumb_terminal:

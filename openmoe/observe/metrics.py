@@ -11,9 +11,6 @@ process 0 writes; elsewhere the writer does nothing. What is shown is the busine
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,15 +21,19 @@ import jax
 import numpy as np
 from etils import epath
 
-from openmoe.checkpoint.paths import is_remote, write_whole
 from openmoe.observe.display import Progress, make_display
 from openmoe.observe.hardware import peak_flops
+from openmoe.observe.notes import (
+  RECORDS,
+  Events,
+  Records,
+  RouterArrays,
+  decode,
+  load_arrays,
+  router_files,
+)
 
-RECORDS = 'metrics.jsonl'
-ROUTER_FOLDER = 'router'
-ROUTER_SPAN = 1000  # steps in one router file
 DEAD_SHARE = 0.01
-_REMOTE_PERIOD = 60.0  # seconds between writes of metrics.jsonl to an object store
 
 
 def dead_experts(expert_load: np.ndarray) -> np.ndarray:
@@ -54,25 +55,6 @@ def dead_experts(expert_load: np.ndarray) -> np.ndarray:
 # --- reading
 
 
-def _encode(record: Mapping[str, Any]) -> str:
-  """One line of strict JSON; nan and inf become strings, which float() turns back."""
-  plain = {
-    k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
-  }
-  return json.dumps(plain, allow_nan=False)
-
-
-def _decode(line: str) -> dict[str, Any] | None:
-  """A record, or None for a line that is not a whole one."""
-  try:
-    record = json.loads(line)
-  except ValueError:
-    return None
-  if not isinstance(record, dict) or not isinstance(record.get('step'), int):
-    return None
-  return {k: float(v) if v in ('nan', 'inf', '-inf') else v for k, v in record.items()}
-
-
 def read_records(model_dir: str | os.PathLike, kind: str | None = None) -> list[dict[str, Any]]:
   """Records of metrics.jsonl in the order they were written; lines that are not whole are skipped.
 
@@ -83,21 +65,8 @@ def read_records(model_dir: str | os.PathLike, kind: str | None = None) -> list[
   path = epath.Path(model_dir) / RECORDS
   if not path.exists():
     return []
-  records = [r for line in path.read_text().splitlines() if (r := _decode(line)) is not None]
+  records = [r for line in path.read_bytes().splitlines() if (r := decode(line)) is not None]
   return [r for r in records if kind in (None, r.get('kind'))]
-
-
-def _router_files(model_dir: str | os.PathLike) -> list[epath.Path]:
-  folder = epath.Path(model_dir) / ROUTER_FOLDER
-  if not folder.exists():
-    return []
-  return sorted((p for p in folder.iterdir() if p.name.endswith('.npz')), key=lambda p: p.name)
-
-
-def _load_npz(path: epath.Path) -> dict[str, np.ndarray]:
-  # allow_pickle stays off: a run directory is data, and must not be able to execute anything.
-  with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-    return dict(arrays)
 
 
 def read_router(model_dir: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -105,89 +74,15 @@ def read_router(model_dir: str | os.PathLike) -> dict[str, np.ndarray]:
 
   'layers' [n, l], where it is there, holds the index of each sparse layer in the model.
   Empty for a dense model.
+
+  Raises:
+    Unreadable: a file is damaged.
   """
-  parts = [_load_npz(path) for path in _router_files(model_dir)]
+  parts = [load_arrays(path) for path in router_files(model_dir)]
   return {k: np.concatenate([p[k] for p in parts]) for k in (parts[0] if parts else ())}
 
 
 # --- writing
-
-
-class _Records:
-  """metrics.jsonl, opened so that it continues after `start_step`."""
-
-  def __init__(self, model_dir: epath.Path, start_step: int):
-    self._path = model_dir / RECORDS
-    self._remote = is_remote(model_dir)
-    self._waiting: list[str] = []
-    self._last_write = 0.0
-    self.last: dict[str, int] = {}
-    text = self._path.read_text() if self._path.exists() else ''
-    kept = [
-      r
-      for line in text.splitlines()
-      if (r := _decode(line)) is not None and r['step'] <= start_step
-    ]
-    for record in kept:
-      self.last[record.get('kind', 'train')] = record['step']
-    repaired = ''.join(_encode(record) + '\n' for record in kept)
-    if repaired != text:
-      write_whole(self._path, repaired.encode())
-
-  def append(self, record: Mapping[str, Any]) -> None:
-    self.last[record['kind']] = record['step']
-    self._waiting.append(_encode(record) + '\n')
-    # Object stores cannot append: each write sends the whole file again.
-    if not self._remote or time.monotonic() - self._last_write > _REMOTE_PERIOD:
-      self.flush()
-
-  def flush(self) -> None:
-    if not self._waiting:
-      return
-    with self._path.open('a') as file:
-      file.write(''.join(self._waiting))
-    self._waiting.clear()
-    self._last_write = time.monotonic()
-
-
-class _RouterArrays:
-  """The npz file of the current span of steps, replaced as a whole at every record."""
-
-  def __init__(self, model_dir: epath.Path, start_step: int):
-    self._folder = model_dir / ROUTER_FOLDER
-    self._rows: dict[str, list[np.ndarray]] = {}
-    self._first = -1
-    for path in _router_files(model_dir):
-      arrays = _load_npz(path)
-      keep = arrays['steps'] <= start_step
-      if not keep.any():
-        path.unlink()
-      elif not keep.all():
-        self._replace(path, {k: v[keep] for k, v in arrays.items()})
-
-  def _replace(self, path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_whole(path, buffer.getvalue())
-
-  def append(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
-    first = step // ROUTER_SPAN * ROUTER_SPAN
-    path = self._folder / f'{first:09d}.npz'
-    if first != self._first:
-      self._folder.mkdir(parents=True, exist_ok=True)
-      self._rows = {k: list(v) for k, v in _load_npz(path).items()} if path.exists() else {}
-      self._first = first
-    if step in self._rows.get('steps', ()):
-      return
-    row = {'steps': np.int64(step)} | {k: np.asarray(v, np.float32) for k, v in arrays.items()}
-    if self._rows and self._rows.keys() != row.keys():
-      raise ValueError(
-        f'Router arrays {sorted(row)} at step {step} differ from {sorted(self._rows)} before in '
-        f'{path}; set another MODEL_DIR for a run that records something else.'
-      )
-    for name, value in row.items():
-      self._rows.setdefault(name, []).append(value)
-    self._replace(path, {k: np.stack(v) for k, v in self._rows.items()})
 
 
 @dataclasses.dataclass
@@ -245,13 +140,14 @@ class MetricsWriter:
     self._flops_before = flops_before
     peak = peak_flops(jax.devices()[0].device_kind)
     self._peak = peak * jax.device_count() if peak else None
-    self._records = _Records(directory, start_step)
-    self._router = _RouterArrays(directory, start_step)
-    self._events: dict[str, Any] = {}
+    self._display = make_display(stream)
+    self._records = Records(directory, start_step, self.note)
+    self._router = RouterArrays(directory, start_step, self.note)
+    self._events = Events(directory)
+    self._failing: set[str] = set()  # files that could not be written lately
     self._clock = _Clock(start_step, time.monotonic())
     self._progress = Progress(step=start_step, total_steps=total_steps, sparse_layers=sparse_layers)
     self._latest_router: tuple[int, dict[str, float]] = (-1, {})
-    self._display = make_display(stream)
 
   def write(self, step: int, scalars: Mapping[str, float], kind: str = 'train') -> None:
     """Records and shows the scalars of a step.
@@ -273,8 +169,10 @@ class MetricsWriter:
       scalars |= self._speed(step)
       if self._latest_router[0] == step:
         scalars |= self._latest_router[1]
-    self._records.append({'step': step, 'kind': kind, 'time': round(time.time(), 3)} | scalars)
-    self._write_events(step, scalars, kind)
+    with self._told(RECORDS):
+      self._records.append({'step': step, 'kind': kind, 'time': round(time.time(), 3)} | scalars)
+    with self._told('tensorboard'):
+      self._events.write(step, scalars, kind)
     self._show(step, scalars, kind)
 
   def _speed(self, step: int) -> dict[str, float]:
@@ -292,15 +190,6 @@ class MetricsWriter:
       if self._peak:
         scalars['mfu'] = scalars['model_flops_per_second'] / self._peak
     return scalars
-
-  def _write_events(self, step: int, scalars: Mapping[str, float], kind: str) -> None:
-    if kind not in self._events:
-      # Imported here because it brings TensorFlow, which evaluation and tests can do without.
-      from clu import metric_writers
-
-      folder = os.fspath(self._directory / 'tensorboard' / kind)
-      self._events[kind] = metric_writers.SummaryWriter(folder)
-    self._events[kind].write_scalars(step, scalars)
 
   def _show(self, step: int, scalars: Mapping[str, float], kind: str) -> None:
     if kind != 'train':
@@ -328,7 +217,8 @@ class MetricsWriter:
       return
     layers = self._progress.sparse_layers
     # Beside the arrays, so that they can be read without the configuration of the run.
-    self._router.append(step, arrays | {'layers': np.array(layers)} if layers else arrays)
+    with self._told('router'):
+      self._router.append(step, arrays | {'layers': np.array(layers)} if layers else arrays)
     load = np.asarray(arrays['expert_load'])
     dead = dead_experts(load)
     summary = {'dead_experts': float(dead.sum())}
@@ -343,6 +233,20 @@ class MetricsWriter:
       self._display.note(text)
 
   @contextmanager
+  def _told(self, what: str) -> Iterator[None]:
+    """Says once that some notes cannot be written, and once that they can again."""
+    try:
+      yield
+    except OSError as error:
+      if what not in self._failing:
+        self.note(f'{what} cannot be written ({error}); training goes on. Make room there.')
+      self._failing.add(what)
+    else:
+      if what in self._failing:
+        self.note(f'{what} can be written again.')
+      self._failing.discard(what)
+
+  @contextmanager
   def paused(self) -> Iterator[None]:
     """Time spent inside does not count as training: compilation, evaluation."""
     begin = time.monotonic()
@@ -355,18 +259,18 @@ class MetricsWriter:
   def flush(self) -> None:
     """Makes sure that everything so far is in the files; call it before a checkpoint is named."""
     if self._active:
-      self._records.flush()
-      for events in self._events.values():
-        events.flush()
+      with self._told(RECORDS):
+        self._records.flush()
+      with self._told('tensorboard'):
+        self._events.flush()
 
   def close(self) -> None:
     """Flushes, and gives the terminal back."""
     if self._active:
       self.flush()
       self._display.close()
-      for events in self._events.values():
-        events.close()
-      self._events.clear()
+      with self._told('tensorboard'):
+        self._events.close()
 
   def __enter__(self) -> Self:
     return self

@@ -18,12 +18,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from absl import logging
 from etils import epath
 
-from openmoe.checkpoint.paths import write_whole
+from openmoe.checkpoint import safe_json
+from openmoe.checkpoint.paths import Unreadable, read_small, write_whole
+from openmoe.observe.notes import Note, set_aside
 
 CONFIG = 'config.gin'
 STARTS = 'run.json'
+_LIMIT = 32 << 20  # bytes of a configuration
 _PACKAGES = (
   'clu', 'flax', 'gin-config', 'jax', 'jaxlib', 'jax-cuda12-plugin', 'libtpu', 'numpy', 'optax',
   'orbax-checkpoint', 'sentencepiece', 'seqio', 'tensorflow', 'tensorflow-datasets', 'tensorstore',
@@ -93,32 +97,47 @@ def write_run_record(
   model_dir: str | os.PathLike,
   gin_config: str,
   start_step: int = 0,
-  extra: Mapping[str, Any] | None = None,
+  note: Note = logging.warning,
 ) -> dict[str, Any]:
   """Writes config.gin, and adds this start to the list in run.json.
 
   When a resumed run has another configuration, the former one is kept as
-  config_until_<start_step>.gin, or with a number behind if that is there.
+  config_until_<start_step>.gin, or with a number behind if that is there. Neither file is read by
+  a program again, so one that is damaged is kept aside and one that cannot be written is noted.
 
   Args:
     model_dir: run directory.
     gin_config: the operative configuration.
     start_step: step that this start continues from.
-    extra: further JSON-able facts, such as the data seed.
+    note: receives what went wrong, as one line of text each.
 
   Returns:
-    The record of this start: describe_run() and what was given. Processes other than 0 write
-    nothing.
+    The record of this start, describe_run() and the step. Processes other than 0 write nothing.
   """
-  record = {'start_step': start_step} | describe_run() | dict(extra or {})
-  if jax.process_index() != 0:
-    return record
-  directory = epath.Path(model_dir)
-  directory.mkdir(parents=True, exist_ok=True)
-  config, starts = directory / CONFIG, directory / STARTS
-  if config.exists() and config.read_text() != gin_config:
-    write_whole(_free(directory / f'config_until_{start_step}.gin'), config.read_bytes())
-  write_whole(config, gin_config.encode())
-  before = json.loads(starts.read_text()) if starts.exists() else []
-  write_whole(starts, json.dumps([*before, record], indent=1).encode())
+  record = {'start_step': start_step} | describe_run()
+  if jax.process_index() == 0:
+    directory = epath.Path(model_dir)
+    try:
+      directory.mkdir(parents=True, exist_ok=True)
+      _write_config(directory, gin_config.encode(), start_step)
+      _add_start(directory / STARTS, record, note)
+    except (OSError, Unreadable) as error:
+      note(f'What this run is could not be written down ({error}); training goes on.')
   return record
+
+
+def _write_config(directory: epath.Path, content: bytes, start_step: int) -> None:
+  path = directory / CONFIG
+  if path.exists() and (former := read_small(path, _LIMIT)) != content:
+    write_whole(_free(directory / f'config_until_{start_step}.gin'), former)
+  write_whole(path, content)
+
+
+def _add_start(path: epath.Path, record: Mapping[str, Any], note: Note) -> None:
+  before = []
+  if path.exists():
+    try:
+      before = safe_json.read(path, list)
+    except Unreadable as error:
+      set_aside(path, error, note)
+  write_whole(path, json.dumps([*before, record], indent=1).encode())

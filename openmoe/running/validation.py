@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from openmoe.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from openmoe.data.statistics import unigram_entropy
@@ -28,7 +29,10 @@ def make_evaluation(
     return None
   batches = evaluation_feed(mesh, eval_data, run.eval_steps)
   entropy = unigram_entropy(_on_host(batches))
-  step_fn = jax.jit(functools.partial(eval_step, model=module, config=model))
+  step_fn = jax.jit(
+    functools.partial(eval_step, model=module, config=model),
+    out_shardings=NamedSharding(mesh, PartitionSpec()),
+  )
 
   def evaluate(params: PyTree) -> dict[str, float]:
     parts = [jax.device_get(step_fn(params, batch)) for batch in batches]
