@@ -8,22 +8,18 @@
 #   redpajama/book             no longer published; only from a copy of your own
 #   the_stack_dedup            a clone of bigcode/the-stack-dedup: data/<language>/*.parquet
 #   wildchat, orca             .parquet or .jsonl
-#   mmlu                       the unpacked data.tar: dev/ and test/
-#   human_eval                 HumanEval.jsonl or .jsonl.gz
 # Checksum lists (*sha256*) inside a folder are verified. DATA_DIR is given to training as
 # TFDS_DATA_DIR or --tfds_data_dir.
 set -euo pipefail
 
 if [[ $# -lt 2 ]]; then
-  sed -n '2,16p' "$0" | sed 's/^# \{0,1\}//' >&2
+  sed -n '2,14p' "$0" | sed 's/^# \{0,1\}//' >&2
   exit 64
 fi
 raw="$1" data="$2"
 shift 2
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [[ -z "${VIRTUAL_ENV:-}" ]]; then
-  bash scripts/setup_env.sh >&2
-  # shellcheck disable=SC1091
-  source .venv/bin/activate
-fi
-exec python -m scripts.build_datasets --raw_dir="$raw" --data_dir="$data" "$@"
+# shellcheck source=scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+bash "$ROOT/scripts/setup_env.sh" >&2
+exec_module scripts.build_datasets --raw_dir="$raw" --data_dir="$data" "$@"

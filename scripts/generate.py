@@ -13,154 +13,89 @@ of its checkpoints, or a Hugging Face folder. Exit code 64: something cannot be 
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import pathlib
+from openmoe.observe import command
+
+command.prepare(__name__)
+
+import argparse
 import sys
 
 from scripts import quiet
 
 quiet.import_tensorflow()
 
-from absl import app, flags, logging
-
-from openmoe.checkpoint.checkpointer import CheckpointError
 from openmoe.config import ConfigError
-from openmoe.inference import chat
+from openmoe.inference import console
 from openmoe.inference.decode import Sampling
-from openmoe.inference.model import LanguageModel
 from scripts.load_model import load
 
-EXIT_USAGE = 64
 
-_CHECKPOINT = flags.DEFINE_string('checkpoint', 'runs/openmoe_tiny', 'What to load.')
-_DTYPE = flags.DEFINE_string('dtype', 'float32', 'float32 or bfloat16.')
-_VOCABULARY = flags.DEFINE_string('vocabulary', None, 'SentencePiece model of a converted run.')
-_MAX_LENGTH = flags.DEFINE_integer('max_length', None, 'Tokens of prompt and continuation.')
-_CAPACITY = flags.DEFINE_bool('capacity', False, 'Route as in training, with drops.')
-_MODEL_PARTITIONS = flags.DEFINE_integer('num_model_partitions', None, 'Default: what fits.')
-_EXPERT_PARTITIONS = flags.DEFINE_integer('num_expert_partitions', 1, 'Of the expert axis.')
-_FILE = flags.DEFINE_string('prompts_file', None, 'A prompt a line.')
-_NEW = flags.DEFINE_integer('max_new_tokens', 64, 'At most so many.')
-_STOP = flags.DEFINE_multi_string('stop', [], 'Ends a continuation; repeat for several.')
-_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 takes the likeliest token.')
-_TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw among so many; 0 for all.')
-_TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw among the fewest that reach this mass.')
-_SAMPLES = flags.DEFINE_integer('samples', 1, 'Continuations of each prompt.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Of draws.')
-_CHAT = flags.DEFINE_bool('chat', False, 'Prompts are what a user says.')
-_SYSTEM = flags.DEFINE_string('system', None, "System message; OpenMoE's own by default.")
-_JSON = flags.DEFINE_bool('json', False, 'One JSON object a prompt and nothing else.')
-
-
-def prompts_from(arguments: list[str]) -> list[str]:
+def prompts_from(args: argparse.Namespace) -> list[str]:
   """Prompts of the command line, none for a conversation.
 
   Raises:
-    ConfigError: there are none, or the file is missing.
+    ConfigError: there are none, or the file is missing or no text.
   """
-  if _FILE.value:
-    path = pathlib.Path(_FILE.value)
-    if not path.is_file():
-      raise ConfigError(f'--prompts_file={path} does not exist.')
-    arguments = [*arguments, *(line for line in path.read_text().splitlines() if line)]
-  talks = _CHAT.value and sys.stdin.isatty()
-  if not arguments and not talks:
-    arguments = [text for text in [sys.stdin.read().rstrip('\n')] if text]
-  if not arguments and not talks:
+  prompts = [*args.prompts, *(console.read_prompts(args.prompts_file) if args.prompts_file else ())]
+  talks = args.chat and sys.stdin.isatty()
+  if not prompts and not talks:
+    text = console.decode(sys.stdin.buffer.read(), 'Standard input').rstrip('\n')
+    prompts = [text] if text else []
+  if not prompts and not talks:
     raise ConfigError('There is no prompt: give arguments, --prompts_file, or text on stdin.')
-  if '' in arguments:
+  if '' in prompts:
     raise ConfigError('An argument is an empty prompt; leave it out.')
-  return arguments
+  return prompts
 
 
-def _conversation(model: LanguageModel) -> list[dict[str, str]]:
-  system = _SYSTEM.value
-  if system is None and model.chat_template is chat.OPENMOE:
-    system = chat.OPENMOE_SYSTEM
-  return [{'role': 'system', 'content': system}] if system else []
-
-
-def _options(model: LanguageModel) -> dict:
-  stop = [*_STOP.value, *(model.chat_template.stop if _CHAT.value else ())]
-  sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-  return {'stop': stop, 'sampling': sampling, 'seed': _SEED.value}
-
-
-def _show(piece: str) -> None:
-  print(piece, end='', flush=True)
-
-
-def continue_all(model: LanguageModel, prompts: list[str]) -> None:
-  """Prints the continuations of every prompt."""
-  if _CHAT.value:
-    user = lambda text: [*_conversation(model), {'role': 'user', 'content': text}]
-    ids = [model.encode_chat(user(text)) for text in prompts]
+def run(args: argparse.Namespace) -> None:
+  """Opens the model and shows what it says."""
+  sampling = Sampling(args.temperature, args.top_k, args.top_p)
+  own = (args.seed, args.chat, args.system)
+  asking = console.Asking(args.max_new_tokens, tuple(args.stop), sampling, args.samples, *own)
+  prompts = prompts_from(args)
+  model = load(
+    args.checkpoint,
+    dtype=args.dtype,
+    max_length=args.max_length,
+    vocabulary=args.vocabulary,
+    capacity=args.capacity,
+    num_model_partitions=args.num_model_partitions,
+    num_expert_partitions=args.num_expert_partitions,
+  )
+  if not prompts:
+    console.talk(model, asking)
+  elif len(prompts) == args.samples == 1 and not args.json:
+    console.stream(model, prompts[0], asking)
   else:
-    ids = [list(model.vocabulary.encode(text)) for text in prompts]
-  single = len(prompts) == _SAMPLES.value == 1 and not _JSON.value
-  if single and not _CHAT.value:
-    _show(prompts[0])
-  options = _options(model) | {'samples': _SAMPLES.value, 'show': _show if single else None}
-  results = model.generate(ids, _NEW.value, **options)
-  if single:
-    print()
-    return
-  for prompt, found in zip(prompts, results, strict=True):
-    if _JSON.value:
-      print(json.dumps({'prompt': prompt, 'continuations': [dataclasses.asdict(g) for g in found]}))
-      continue
-    for number, generation in enumerate(found, 1):
-      print(f'--- {prompt!r}, {number} of {len(found)}, ended by {generation.finish}')
-      print(generation.text)
+    for line in console.lines(model, prompts, asking, args.json):
+      print(line)
 
 
-def talk(model: LanguageModel) -> None:
-  """A conversation on the terminal; the oldest turns go when it gets too long."""
-  print(f'{model.name}. An empty line ends the conversation.', file=sys.stderr)
-  first, turns = _conversation(model), []
-  while True:
-    try:
-      said = input('> ')
-    except EOFError:
-      return
-    if not said:
-      return
-    turns.append({'role': 'user', 'content': said})
-    while len(ids := model.encode_chat([*first, *turns])) + 1 + _NEW.value > model.max_length:
-      if len(turns) < 3:
-        raise ConfigError(
-          f'{len(ids)} tokens of this turn and --max_new_tokens={_NEW.value} are more than '
-          f'--max_length={model.max_length}; say less, or change these.'
-        )
-      turns = turns[2:]
-    (answer,) = model.generate([ids], _NEW.value, **_options(model), show=_show)[0]
-    print()
-    turns.append({'role': 'assistant', 'content': answer.text.strip()})
-
-
-def main(argv: list[str]) -> int:
-  logging.set_verbosity(logging.WARNING)
-  try:
-    prompts = prompts_from(argv[1:])
-    model = load(
-      _CHECKPOINT.value,
-      dtype=_DTYPE.value,
-      max_length=_MAX_LENGTH.value,
-      vocabulary=_VOCABULARY.value,
-      capacity=_CAPACITY.value,
-      num_model_partitions=_MODEL_PARTITIONS.value,
-      num_expert_partitions=_EXPERT_PARTITIONS.value,
-    )
-    if prompts:
-      continue_all(model, prompts)
-    else:
-      talk(model)
-  except (ConfigError, CheckpointError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return EXIT_USAGE
-  return 0
+@command.guarded
+def main(argv: list[str] | None = None) -> None:
+  parser = command.Parser(__doc__)
+  parser.add_argument('prompts', nargs='*', metavar='PROMPT')
+  parser.add_argument('--checkpoint', default='runs/openmoe_tiny', help='what to load')
+  parser.add_argument('--dtype', default='float32', help='float32 or bfloat16')
+  parser.add_argument('--vocabulary', help='SentencePiece model of a converted run')
+  parser.add_argument('--max_length', type=int, help='tokens of prompt and continuation')
+  parser.add_argument('--capacity', action='store_true', help='route as in training, with drops')
+  parser.add_argument('--num_model_partitions', type=int, help='default: what fits')
+  parser.add_argument('--num_expert_partitions', type=int, default=1, help='of the expert axis')
+  parser.add_argument('--prompts_file', help='a prompt a line, in UTF-8')
+  parser.add_argument('--max_new_tokens', type=int, default=64, help='at most so many')
+  parser.add_argument('--stop', action='append', default=[], help='ends a continuation; repeat')
+  parser.add_argument('--temperature', type=float, default=0.0, help='0: the likeliest token')
+  parser.add_argument('--top_k', type=int, default=0, help='draw among so many; 0 for all')
+  parser.add_argument('--top_p', type=float, default=1.0, help='the fewest that reach this mass')
+  parser.add_argument('--samples', type=int, default=1, help='continuations of each prompt')
+  parser.add_argument('--seed', type=int, default=0, help='of draws')
+  parser.add_argument('--chat', action='store_true', help='prompts are what a user says')
+  parser.add_argument('--system', help="system message; OpenMoE's own by default")
+  parser.add_argument('--json', action='store_true', help='one JSON object a prompt, nothing else')
+  run(parser.parse_intermixed_args(argv))
 
 
 if __name__ == '__main__':
-  app.run(main)
+  sys.exit(main())

@@ -6,6 +6,10 @@ where FastChat's judge looks for them; run again, those that are there are kept.
 
 from __future__ import annotations
 
+from openmoe.observe import command
+
+command.prepare(__name__)
+
 import argparse
 import pathlib
 import sys
@@ -16,8 +20,6 @@ quiet.import_tensorflow()
 
 from rich.progress import track
 
-from openmoe.checkpoint.checkpointer import CheckpointError
-from openmoe.config import ConfigError
 from openmoe.data import files
 from openmoe.inference.decode import Sampling
 from tasks.evaluation import mt_bench
@@ -47,8 +49,9 @@ def run(args: argparse.Namespace) -> pathlib.Path:
   return out
 
 
-def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+@command.guarded
+def main(argv: list[str] | None = None) -> None:
+  parser = command.Parser(__doc__)
   parser.add_argument('checkpoint', help='run directory, checkpoint or Hugging Face folder')
   parser.add_argument('--questions', required=True, help="FastChat's question.jsonl")
   parser.add_argument('--model_id', required=True)
@@ -57,14 +60,8 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--system_file', help="system text (default: that of the model's page)")
   parser.add_argument('--dtype', default='')
   parser.add_argument('--seed', type=int, default=0)
-  args = parser.parse_args(argv)
-  try:
-    print(run(args))
-  except (ConfigError, CheckpointError, OSError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 64
-  return 0
+  print(run(parser.parse_args(argv)))
 
 
 if __name__ == '__main__':
-  raise SystemExit(main())
+  sys.exit(main())

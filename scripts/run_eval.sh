@@ -19,31 +19,15 @@
 # BIGBENCH_DIR    the task files of BIG-bench-Lite (default: runs/bigbench_lite; fetched if absent)
 # DATA_DIR        the files of the other benchmarks (default: runs/evaluation_data)
 # ACCELERATOR     cpu, gpu or tpu (default: what is found)
+# Paths are relative to where you stand.
 # Arguments are passed on to scripts.evaluate: --gin.MAX_ITEMS=100, ...
 set -euo pipefail
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-cd "$ROOT"
+# shellcheck source=scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-die() {
-  printf '[run_eval] error: %s\n' "$*" >&2
-  exit 1
-}
-
-find_accelerator() { # as scripts/run_pretrain.sh
-  if compgen -G '/dev/accel*' >/dev/null || [[ -n "${TPU_NAME:-}${TPU_WORKER_ID:-}" ]]; then
-    echo tpu
-  elif command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
-    echo gpu
-  elif compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
-    echo tpu
-  else
-    echo cpu
-  fi
-}
-
-[[ -z "${MODEL:-}" || -f "gin/models/$MODEL.gin" ]] ||
-  die "MODEL=$MODEL is not in gin/models; there are: $(find gin/models -name '*.gin' -exec basename {} .gin \; | sort | xargs)."
+[[ -z "${MODEL:-}" || -f "$ROOT/gin/models/$MODEL.gin" ]] ||
+  die "MODEL=$MODEL is not in gin/models; there are: $(list models)."
 CHECKPOINT="${CHECKPOINT:-runs/${MODEL:-openmoe_tiny}}"
 if [[ "$CHECKPOINT" != *://* && ! -e "$CHECKPOINT" ]]; then
   die "there is no $CHECKPOINT; 'bash scripts/run_pretrain.sh' makes runs/openmoe_tiny in minutes," \
@@ -69,30 +53,18 @@ fi
 BIGBENCH_DIR="${BIGBENCH_DIR:-runs/bigbench_lite}"
 
 accelerator="${ACCELERATOR:-$(find_accelerator)}"
-case "$accelerator" in
-  tpu)
-    bash scripts/setup_env.sh tpu
-    args+=(--multiprocess)
-    ;;
-  gpu) bash scripts/setup_env.sh cuda ;;
-  cpu)
-    bash scripts/setup_env.sh
-    export JAX_PLATFORMS=cpu
-    ;;
-  *) die "ACCELERATOR=$accelerator must be cpu, gpu or tpu." ;;
-esac
-PYTHON="${OPENMOE_VENV:-$ROOT/.venv}/bin/python"
-export TF_CPP_MIN_LOG_LEVEL=3 TF_ENABLE_ONEDNN_OPTS=0
+set_up "$accelerator"
+if [[ "$accelerator" == tpu ]]; then args+=(--multiprocess); fi
 
 # Fetched where a task of BIG-bench-Lite is asked for; with the files in place nothing happens.
-if "$PYTHON" - "$TASKS" <<'PY'
+if "$PYTHON" -P - "$TASKS" <<'PY'
 import sys
 from tasks.bigbench.files import TASKS
 
 sys.exit(not {'bigbench_lite', *TASKS} & set(sys.argv[1].split(',')))
 PY
 then
-  "$PYTHON" -m scripts.fetch_bigbench_lite --out "$BIGBENCH_DIR"
+  run_module scripts.fetch_bigbench_lite --out "$BIGBENCH_DIR"
 fi
 
 names="$(printf "'%s'," ${TASKS//,/ })"
@@ -103,4 +75,4 @@ if [[ -n "${SHOTS:-}" ]]; then args+=("--gin.SHOTS=$SHOTS"); fi
 if [[ -n "${PROMPT_MODE:-}" ]]; then args+=("--gin.PROMPT_MODE='$PROMPT_MODE'"); fi
 if [[ -n "${DATA_DIR:-}" ]]; then args+=("--gin.DATA_DIR='$DATA_DIR'"); fi
 
-exec "$PYTHON" -m scripts.evaluate "${args[@]}" "$@"
+exec_module scripts.evaluate "${args[@]}" "$@"

@@ -124,9 +124,10 @@ def _lead_nowhere() -> None:
 class Parser(argparse.ArgumentParser):
   """Arguments of a command: its module's docstring as help, no abbreviations, exit code 64."""
 
-  def __init__(self, doc: str, **options):
+  def __init__(self, doc: str | None = None, **options):
     options = {'formatter_class': argparse.RawDescriptionHelpFormatter} | options
-    super().__init__(description=doc, allow_abbrev=False, **options)
+    options = {'description': doc, 'allow_abbrev': False} | options
+    super().__init__(**options)
 
   def error(self, message: str) -> NoReturn:
     """Ends the program for a wrong argument."""

@@ -1,4 +1,4 @@
-"""Builders of the fine-tuning and evaluation sets: WildChat, Orca, MMLU, HumanEval.
+"""Builders of the fine-tuning sets: WildChat, Orca.
 
 Nobody publishes the authors' TFDS versions, so the fields follow what their tasks read and the
 content follows the public raw files.
@@ -13,9 +13,6 @@ import tensorflow_datasets as tfds
 
 from openmoe.config import ConfigError
 from tasks import records
-
-SHOTS = 5
-_LETTERS = 'ABCD'
 
 
 class _Texts(tfds.core.GeneratorBasedBuilder):
@@ -112,54 +109,4 @@ class WildchatGpt4Sft(_Texts):
       raise ConfigError(f'{folder} holds no answered GPT-4 conversation; is it WildChat?')
 
 
-class Mmlu(_Texts):
-  """MMLU test questions, five development questions before each: prompt, answer, subject."""
-
-  name = 'mmlu'
-  FIELDS = ('prompt', 'answer', 'subject')
-
-  def _generate_examples(self, folder: str):
-    root = pathlib.Path(folder)
-    files = sorted((root / 'test').glob('*_test.csv'))
-    if not files:
-      raise ConfigError(f'{folder} holds no test/*_test.csv; unpack the MMLU data.tar there.')
-    for path in files:
-      subject = path.name.removesuffix('_test.csv')
-      shots = root / 'dev' / f'{subject}_dev.csv'
-      head = 'The following are multiple choice questions (with answers) about '
-      prompt = f'{head}{subject.replace("_", " ")}.\n\n'
-      for row in _csv_rows(shots)[:SHOTS]:
-        prompt += f'{_question(row)} {row[5]}\n\n'
-      for number, row in enumerate(_csv_rows(path), start=1):
-        example = {'prompt': prompt + _question(row), 'answer': row[5], 'subject': subject}
-        yield f'{path.name}:{number}', example
-
-
-def _csv_rows(path: pathlib.Path) -> list[list[str]]:
-  if not path.exists():
-    raise ConfigError(f'{path} is missing; unpack the whole MMLU data.tar.')
-  rows = []
-  for where, row in records.csv_rows(path):
-    if len(row) != 6 or row[5] not in tuple(_LETTERS):
-      raise ConfigError(f'{where}: {len(row)} columns ending in {row[-1:]}, not 6 in A..D.')
-    rows.append(row)
-  return rows
-
-
-def _question(row: Sequence[str]) -> str:
-  choices = ''.join(f'\n{letter}. {text}' for letter, text in zip(_LETTERS, row[1:5], strict=True))
-  return f'{row[0]}{choices}\nAnswer:'
-
-
-class HumanEval(_Texts):
-  """HumanEval problems: HumanEval.jsonl or .jsonl.gz."""
-
-  name = 'human_eval'
-  FIELDS = ('task_id', 'prompt', 'canonical_solution', 'entry_point', 'test')
-
-  def _generate_examples(self, folder: str):
-    for key, record in records.jsonl_records(folder):
-      yield key, dict(zip(self.FIELDS, _need(key, record, *self.FIELDS), strict=True))
-
-
-BUILDERS = {builder.name: builder for builder in (Orca, WildchatGpt4Sft, Mmlu, HumanEval)}
+BUILDERS = {builder.name: builder for builder in (Orca, WildchatGpt4Sft)}

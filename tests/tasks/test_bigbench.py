@@ -6,6 +6,7 @@ import functools
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -20,7 +21,7 @@ import seqio
 from openmoe.config import ConfigError
 from openmoe.evaluation.items import Prediction
 from scripts import fetch_bigbench_lite
-from tasks.bigbench import files, lite, metrics, prompts, rouge
+from tasks.bigbench import fetch, files, lite, metrics, prompts, rouge
 from tests.parity import bigbench as parity
 from tests.tasks import bigbench_case as case
 
@@ -266,9 +267,9 @@ def test_fetching_takes_the_24_folders_and_nothing_else(tmp_path, monkeypatch, c
   arguments = ['--archive', str(archive), '--out', str(out)]
   assert fetch_bigbench_lite.main(arguments) == 64
   assert 'delete and fetch again' in capsys.readouterr().err
-  monkeypatch.setattr(fetch_bigbench_lite, 'SIZE', archive.stat().st_size)
+  monkeypatch.setattr(fetch, 'SIZE', archive.stat().st_size)
   sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
-  monkeypatch.setattr(fetch_bigbench_lite, 'SHA256', sha256)
+  monkeypatch.setattr(fetch, 'SHA256', sha256)
   assert fetch_bigbench_lite.main(arguments) == 64  # the content is not the published one
   assert not any((out / name).exists() for name in files.TASKS)
   for name in files.TASKS:
@@ -285,47 +286,43 @@ def test_fetching_takes_the_24_folders_and_nothing_else(tmp_path, monkeypatch, c
 
 
 class _Server:
-  """An index and a file, served from this process; the file with or without Range."""
+  """A package index on this machine, whose archive is `content` or has no end."""
 
-  def __init__(self, content: bytes, ranges: bool):
-    self.asked = []
+  def __init__(self, content: bytes | None):
+    self.sent = 0
 
     class Handler(http.server.BaseHTTPRequestHandler):
       def do_GET(handler):
-        wanted = handler.headers.get('Range')
-        self.asked.append((handler.path, wanted))
-        if handler.path.startswith('/simple'):
-          body = b'<a href="../../files/bigbench-1.0.0.tar.gz#sha256=1">bigbench</a>'
-          handler.send_response(200)
-        else:
-          begin = int(wanted[6:-1]) if wanted and ranges else 0
-          body = content[begin:]
-          handler.send_response(206 if begin else 200)
-        handler.send_header('Content-Length', str(len(body)))
+        handler.send_response(200)
+        if not handler.path.endswith('.gz'):
+          handler.send_header('Content-Type', 'text/html')
+          handler.end_headers()
+          handler.wfile.write(b'<!DOCTYPE html><a href="/f/bigbench-1.0.0.tar.gz">bigbench</a>')
+          return
         handler.end_headers()
-        handler.wfile.write(body)
+        try:
+          for chunk in itertools.repeat(bytes(1 << 20)) if content is None else [content]:
+            handler.wfile.write(chunk)
+            self.sent += len(chunk)
+        except OSError:
+          return
 
       log_message = functools.partialmethod(lambda *_: None)
 
     self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    self.address = f'http://127.0.0.1:{self.server.server_address[1]}'
+    self.address = f'http://127.0.0.1:{self.server.server_address[1]}/simple'
     threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
-@pytest.mark.parametrize('ranges', [True, False])
-def test_an_interrupted_download_is_taken_up(tmp_path, ranges):
-  content = os.urandom(3 << 20)
-  server = _Server(content, ranges)
-  address = fetch_bigbench_lite.archive_url(f'{server.address}/simple')
-  path = tmp_path / 'file'
-  path.with_name('file.part').write_bytes(content[: 1 << 20])
-  seen = []
-  fetch_bigbench_lite.download(address, path, len(content), seen.append)
-  assert path.read_bytes() == content
-  assert server.asked[-1] == ('/files/bigbench-1.0.0.tar.gz', f'bytes={1 << 20}-')
-  assert seen[-1] == len(content)
-  with pytest.raises(ConfigError, match='takes it up from there'):
-    fetch_bigbench_lite.download(address, tmp_path / 'more', len(content) + 1, seen.append)
+@pytest.mark.parametrize('content', [b'not the archive', None])
+def test_a_download_ends_and_only_the_published_archive_is_taken(tmp_path, monkeypatch, content):
+  monkeypatch.setattr(fetch, 'SIZE', 1 << 22)
+  monkeypatch.setenv('PIP_RETRIES', '0')
+  server = _Server(content)
+  with pytest.raises(ConfigError, match=r'pip could not fetch .*--archive'):
+    fetch.download(tmp_path / 'out', server.address)
+  assert not any((tmp_path / 'out').iterdir())
+  assert server.sent < 64 << 20
   server.server.shutdown()
 
 

@@ -74,14 +74,6 @@ def raw(tmp_path_factory):
   orca = [{'id': '1', 'system_prompt': 's', 'question': f'q{i}', 'response': 'r'} for i in range(5)]
   (root / 'orca').mkdir()
   pyarrow.parquet.write_table(pa.Table.from_pylist(orca), root / 'orca/1M-GPT4.parquet')
-  questions = ''.join(f'"What, {i}?",w,x,y,z,B\n' for i in range(6)).encode()
-  write(root / 'mmlu/dev/college_physics_dev.csv', questions)
-  write(root / 'mmlu/test/college_physics_test.csv', questions[: len(questions) // 6 * 2])
-  problem = {
-    'task_id': 'HumanEval/0', 'prompt': 'def f():\n', 'canonical_solution': '  return 1\n',
-    'entry_point': 'f', 'test': 'assert f() == 1',
-  }  # fmt: skip
-  write(root / 'human_eval/HumanEval.jsonl.gz', jsonl([problem]))
   return root
 
 
@@ -97,7 +89,7 @@ def data_dir(raw, tmp_path_factory):
   folder = tmp_path_factory.mktemp('data')
   done = run_script(raw, folder)
   assert done.returncode == 0, done.stderr
-  assert done.stdout.count('built:') == 12
+  assert done.stdout.count('built:') == 10
   return folder
 
 
@@ -109,12 +101,12 @@ def test_every_data_set_is_built_and_a_second_call_leaves_them(raw, data_dir):
   sizes = {
     'redpajama_arxiv': 6, 'redpajama_book': 4, 'redpajama_c4': 2040, 'redpajama_common_crawl': 6,
     'redpajama_github': 4, 'redpajama_stackexchange': 4, 'redpajama_wikipedia': 4,
-    'the_stack_dedup': 10, 'orca': 5, 'wildchat_gpt4_sft': 200, 'mmlu': 2, 'human_eval': 1,
+    'the_stack_dedup': 10, 'orca': 5, 'wildchat_gpt4_sft': 200,
   }  # fmt: skip
   assert set(sizes) == set(corpora.BUILDERS) | set(instructions.BUILDERS)
   for name, size in sizes.items():
     assert len(examples(name, data_dir)) == size, name
-  assert run_script(raw, data_dir).stdout.count('already there') == 12
+  assert run_script(raw, data_dir).stdout.count('already there') == 10
 
 
 def test_text_and_metadata_arrive(data_dir):
@@ -128,9 +120,6 @@ def test_text_and_metadata_arrive(data_dir):
   chat = examples('wildchat_gpt4_sft', data_dir)[0]
   assert chat['input'] == b'<s>[INST] q1 [/INST] a1 </s><s>[INST] q2 [/INST]'
   assert chat['output'] == b' a2 </s>'
-  mmlu = examples('mmlu', data_dir)[0]
-  assert mmlu['prompt'].count(b'Answer:') == 6 and mmlu['prompt'].endswith(b'D. z\nAnswer:')
-  assert mmlu['answer'] == b'B'
 
 
 def test_languages_are_selectable(raw, tmp_path):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from openmoe.config import ConfigError, DataConfig
+from openmoe.data import inspection
 from openmoe.data.features import Example
 from openmoe.data.stages import StagedStream
 from openmoe.data.stream import ShardedStream
 from openmoe.programme import Programme, Stage
-from scripts import inspect_data
 from tests.data import case
 
 
@@ -21,17 +21,22 @@ def text_ids(text: str, *more: int) -> np.ndarray:
 
 
 def test_tokens_show_sentinels_eos_and_newlines():
-  shown = inspect_data.show_tokens(
+  shown = inspection.show_tokens(
     text_ids('a\nb', case.FIRST_SENTINEL, case.EOS), case.VOCABULARY, loss=True, color=False
   )
   assert shown == 'a\\nb<0><eos>'
-  colored = inspect_data.show_tokens(text_ids('a'), case.VOCABULARY, loss=True, color=True)
+  colored = inspection.show_tokens(text_ids('a'), case.VOCABULARY, loss=True, color=True)
   assert colored == '\033[32ma\033[0m'
+
+
+def test_what_a_terminal_would_obey_is_written_out():
+  shown = inspection.show_tokens(text_ids('a\x1b]52;c;x\x07\r'), case.VOCABULARY, True, color=False)
+  assert shown == 'a\\x1b]52;c;x\\x07\\r'
 
 
 def test_objectives_have_names():
   tokens = text_ids('a')
-  name = inspect_data.objective_name
+  name = inspection.objective_name
   assert name(Example(tokens, tokens, objective=2)) == '[NLG] spans of 3, 50%'
   assert name(Example(tokens, tokens, objective=5)) == '[S2S] prefix LM'
   assert name(Example(tokens[:0], tokens)) == 'next token'
@@ -42,7 +47,7 @@ def test_a_row_tells_where_its_segments_come_from(tmp_path):
   case.make_corpus(tmp_path, 'inspected')
   config = DataConfig('inspected_ul2', {'inputs': 64, 'targets': 64}, 2, num_shards=1)
   row = (Example(text_ids('in'), text_ids('out', 1), 'inspected', (2**32 + 4, 2**32 + 4), 0),)
-  shown = inspect_data.show_row(row, case.VOCABULARY, color=False, config=config)
+  shown = inspection.show_row(row, case.VOCABULARY, color=False, config=config)
   assert (
     f'inspected | {tmp_path}/inspected-1.jsonl:5 | [NLU] spans of 3, 15% | 2 + 4 tokens' in shown
   )
@@ -70,7 +75,7 @@ def run_dir(tmp_path_factory) -> pathlib.Path:
 
 
 def test_a_late_step_is_found_from_the_nearest_checkpoint(run_dir):
-  step, config, positions = inspect_data.of_run(str(run_dir), 5)
+  step, config, positions = inspection.position_of_run(str(run_dir), 5)
   assert (step, config.mixture_or_task_name, config.batch_size, config.seed) == (
     5,
     'seek_ul2',
@@ -80,13 +85,13 @@ def test_a_late_step_is_found_from_the_nearest_checkpoint(run_dir):
   with ShardedStream(config, range(config.num_shards)) as stream:
     stream.restore(positions)
     np.testing.assert_array_equal(next(stream).targets, np.load(run_dir / 'last.npy'))
-  assert inspect_data.of_run(str(run_dir), 2)[:1] == (2,)
+  assert inspection.position_of_run(str(run_dir), 2)[:1] == (2,)
 
 
 def test_steps_that_no_checkpoint_leads_to_are_refused(run_dir, tmp_path):
   with pytest.raises(ConfigError, match="at the end of stage 'a', after step 3"):
-    inspect_data.of_run(str(run_dir), 4)
+    inspection.position_of_run(str(run_dir), 4)
   with pytest.raises(ConfigError, match='before the oldest checkpoint that .* keeps, 2'):
-    inspect_data.of_run(str(run_dir), 1)
+    inspection.position_of_run(str(run_dir), 1)
   with pytest.raises(ConfigError, match='holds no checkpoint_STEP'):
-    inspect_data.of_run(str(tmp_path / 'none'), 1)
+    inspection.position_of_run(str(tmp_path / 'none'), 1)

@@ -8,9 +8,9 @@ import pathlib
 import pytest
 
 from openmoe.config import ConfigError
+from openmoe.evaluation.harness import Adapter, register
 from openmoe.inference import chat
 from openmoe.inference.model import Score
-from scripts.lm_eval import Adapter, register
 from tests.inference import case
 
 
@@ -125,7 +125,9 @@ def test_the_harness_runs_a_task_file(tmp_path):
   (tmp_path / 'arc_easy_local.yaml').write_text(json.dumps(task))  # JSON is YAML too
   from lm_eval.tasks import TaskManager
 
-  model = register()(model=_texts())
+  from scripts.load_model import load
+
+  model = register(load)(model=_texts())
   results = lm_eval.simple_evaluate(
     model=model,
     tasks=['arc_easy_local'],
