@@ -15,7 +15,7 @@ import pytest
 
 from convert import sizes
 from openmoe.config import ConfigError
-from openmoe.evaluation import results
+from openmoe.evaluation import prompts, results
 from openmoe.evaluation import run as evaluate
 from openmoe.evaluation.items import EvaluationTask, Item, Prompt
 from scripts import compare_evals, gin_flags
@@ -106,7 +106,7 @@ def encode(text):
 
 def test_long_prompts_lose_shots_and_then_their_beginning():
   prompt = Prompt('question', ('first shot', 'second shot'), separator='|')
-  fixed = lambda room: evaluate.fit(prompt, room, encode, evaluate.PromptMode.FIXED, 1024)
+  fixed = lambda room: prompts.fit(prompt, room, encode, prompts.PromptMode.FIXED, 1024)
   assert fixed(100).text == 'first shot|second shot|question'
   assert (fixed(25).text, fixed(25).shots, fixed(25).cut) == ('second shot|question', 1, 0)
   assert (fixed(10).text, fixed(10).shots) == ('question', 0)
@@ -115,10 +115,10 @@ def test_long_prompts_lose_shots_and_then_their_beginning():
 
 def test_reference_mode_cuts_the_question_as_the_original_did():
   prompt = Prompt('question', ('first shot', 'second shot'), separator='|')
-  found = evaluate.fit(prompt, 100, encode, evaluate.PromptMode.REFERENCE, 12)
+  found = prompts.fit(prompt, 100, encode, prompts.PromptMode.REFERENCE, 12)
   assert ''.join(map(chr, found.ids)) == 'first shot|s'
   assert found.cut == len('first shot|second shot|question') - 12
-  assert evaluate.fit(prompt, 5, encode, evaluate.PromptMode.REFERENCE, 12).cut == 26
+  assert prompts.fit(prompt, 5, encode, prompts.PromptMode.REFERENCE, 12).cut == 26
 
 
 def test_a_small_model_gets_all_choices_after_the_same_prompt(tmp_path, tasks):

@@ -1,7 +1,7 @@
 """What an evaluation asks: prompts whose shots can be counted, and what a model made of them.
 
-Tasks make Items, openmoe/evaluate.py shows them to a model and gets Predictions, and the task's own
-functions turn both into figures.
+Tasks make Items, openmoe/evaluation/run.py shows them to a model and gets Predictions, and the
+task's own functions turn both into figures.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Prompt:
   strip: bool = False
 
   def text(self, shots: int | None = None) -> str:
-    """The whole prompt, or with only the last `shots` examples."""
-    kept = self.shots if shots is None else self.shots[len(self.shots) - shots :]
+    """The whole prompt, or with only the last `shots` examples, as many as there are."""
+    kept = self.shots if shots is None else self.shots[max(0, len(self.shots) - shots) :]
     text = self.prefix + self.separator.join([*kept, self.query])
     return text.strip(ASCII_WHITESPACE) if self.strip else text
 

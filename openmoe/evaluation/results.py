@@ -6,7 +6,9 @@ made and cut, the tokenizer, seeds, and every item with its prompt, log-probabil
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import os
 import re
@@ -17,10 +19,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from openmoe.checkpoint.paths import write_whole
+from openmoe.checkpoint.paths import read_small, write_whole
 from openmoe.config import ConfigError
 
 FORMAT = 1
+_MOST_BYTES = 1 << 31  # of a result file
 _PERCENTILES = (2.5, 97.5)
 
 
@@ -30,10 +33,44 @@ def file_name(task: str) -> str:
 
 
 def save(path: epath.Path, header: Mapping[str, Any], items: Sequence[Mapping[str, Any]]) -> None:
-  """Writes a result, whole or not at all; one item a line, so that files can be compared."""
-  head = json.dumps({'format': FORMAT, **header}, ensure_ascii=False, indent=1)
-  rows = ',\n'.join(json.dumps(item, ensure_ascii=False) for item in items)
+  """Writes a result, whole or not at all; one item a line, so that files can be compared.
+
+  Raises:
+    ConfigError: a figure is no number, which JSON has no word for.
+    OSError: it cannot be written.
+  """
+  try:
+    head = json.dumps({'format': FORMAT, **header}, ensure_ascii=False, allow_nan=False, indent=1)
+    rows = ',\n'.join(json.dumps(item, ensure_ascii=False, allow_nan=False) for item in items)
+  except ValueError as error:
+    raise ConfigError(
+      f'{path}: a figure is not finite ({error}), so nothing is written; look at the model.'
+    ) from error
   write_whole(path, f'{head[:-2]},\n "items": [\n{rows}\n]}}\n'.encode())
+
+
+def _problem(result: Any) -> str | None:
+  """What a value lacks that every result file has, or None."""
+  if not isinstance(result, dict) or result.get('format') != FORMAT:
+    return f'is no result file of format {FORMAT}'
+  text, number = (str,), (int, float)
+  wanted = {'task': text, 'group': text, 'metric': text, 'tokenizer': text, 'bos': text}
+  wanted |= {'low': number, 'high': number, 'in_average': (bool,), 'shots': (int,)}
+  wanted |= {'model': (dict,), 'settings': (dict,), 'metrics': (dict,), 'items': (list,)}
+  for name, kinds in wanted.items():
+    if not isinstance(result.get(name), kinds):
+      return f'has no {name}, or one of another kind'
+  model, metric = result['model'], result['metric']
+  if not all(isinstance(model.get(n), str) for n in ('name', 'fingerprint')) or not isinstance(
+    model.get('dropped_fraction'), number
+  ):
+    return 'does not say which model it is of'
+  for place, item in enumerate(result['items'], start=1):
+    measures = item.get('measures') if isinstance(item, dict) else None
+    figure = measures.get(metric) if isinstance(measures, dict) else None
+    if not isinstance(figure, number) or not isinstance(item.get('name'), str):
+      return f'has no name and {metric} for item {place}'
+  return None if result['items'] else 'has no items'
 
 
 def load(path: str | os.PathLike) -> dict[str, Any]:
@@ -44,15 +81,15 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
   """
   path = epath.Path(path)
   try:
-    result = json.loads(path.read_text())
+    result = json.loads(read_small(path, _MOST_BYTES).decode('utf-8'))
   except FileNotFoundError as error:
     raise ConfigError(f'{path} does not exist; scripts.evaluate writes result files.') from error
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+  except (ValueError, RecursionError) as error:
     raise ConfigError(
       f'{path} is no whole JSON file ({error}); evaluate that task again.'
     ) from error
-  if not isinstance(result, dict) or result.get('format') != FORMAT:
-    raise ConfigError(f'{path} is no result file of format {FORMAT}; scripts.evaluate writes them.')
+  if problem := _problem(result):
+    raise ConfigError(f'{path} {problem}; scripts.evaluate writes them: evaluate that task again.')
   return result
 
 
@@ -169,10 +206,13 @@ def summarise(results: Sequence[Mapping[str, Any]], resamples: int, seed: int) -
 def save_summary(directory: epath.Path, rows: Sequence[Row], header: Mapping[str, Any]) -> None:
   """summary.json and summary.csv beside the results."""
   content = {**header, 'rows': [dataclasses.asdict(row) for row in rows]}
-  write_whole(directory / 'summary.json', json.dumps(content, indent=1).encode() + b'\n')
+  text = json.dumps(content, indent=1, allow_nan=False)
+  write_whole(directory / 'summary.json', text.encode() + b'\n')
   names = ('group', 'metric', 'score', 'low95', 'high95', 'normalised', 'items', 'shots', 'dropped')
-  lines = [','.join(names), *(','.join(str(getattr(r, n)) for n in names) for r in rows)]
-  write_whole(directory / 'summary.csv', ('\n'.join(lines) + '\n').encode())
+  table = io.StringIO()
+  writer = csv.writer(table, lineterminator='\n')
+  writer.writerows([names, *([getattr(row, name) for name in names] for row in rows)])
+  write_whole(directory / 'summary.csv', table.getvalue().encode())
 
 
 # --- what changed between two results of a task

@@ -7,13 +7,14 @@ openmoe/inference.py's.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
-import enum
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -21,24 +22,14 @@ from etils import epath
 
 from openmoe.config import ConfigError
 from openmoe.evaluation import results
-from openmoe.evaluation.items import EvaluationTask, Item, Prediction, Prompt
+from openmoe.evaluation.items import EvaluationTask, Item, Prediction
+from openmoe.evaluation.prompts import Encoder, PromptMode, check_finite
 from openmoe.inference.decode import Sampling
 
 # Texts whose tokens tell tokenizers apart that have no fingerprint of their own.
 _PROBES = ('The quick brown fox.\n\n  x = 1', 'Ünïcödé 漢字 🙂', '<extra_id_0> </s> [INST]')
 _SPARE_TOKENS = 8  # a generated answer may be so much longer than the longest that is expected
-
-
-class PromptMode(enum.Enum):
-  """How prompts are made and cut.
-
-  REFERENCE: as the released evaluation did, quirks kept; a prompt that is too long loses its end,
-    and with it the question.
-  FIXED: a prompt that is too long loses shots, first ones first; the question stays.
-  """
-
-  REFERENCE = 'reference'
-  FIXED = 'fixed'
+_NEEDED = ('seed', 'chunk', 'resamples', 'samples')  # settings that may not be None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +82,22 @@ class EvaluationConfig:
     modes = [mode.value for mode in PromptMode]
     if self.prompt_mode not in modes:
       raise ConfigError(f'prompt_mode={self.prompt_mode!r} must be one of {modes}.')
-    if isinstance(self.tasks, str) or not self.tasks:
+    names = self.tasks if isinstance(self.tasks, tuple | list) else ()
+    if not names or not all(isinstance(name, str) for name in names):
       raise ConfigError(f"tasks={self.tasks!r} must be a tuple of names, such as ('triviaqa',).")
-    if self.shots is not None and self.shots < 0:
-      raise ConfigError(f'shots={self.shots} must be 0 or more, or None.')
-    for name in ('max_items', 'max_new_tokens', 'chunk', 'resamples', 'samples'):
+    least = {'shots': 0, 'seed': 0, 'max_length': 2}
+    least |= dict.fromkeys(('max_items', 'max_new_tokens', 'chunk', 'resamples', 'samples'), 1)
+    for name, low in least.items():
       value = getattr(self, name)
-      if value is not None and value < 1:
-        raise ConfigError(f'{name}={value} must be at least 1.')
+      if value is None and name not in _NEEDED:
+        continue
+      if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        other = '' if name in _NEEDED else ', or None'
+        rule = f'at least {low}' if low else '0 or more'
+        raise ConfigError(f'{name}={value!r} must be a whole number, {rule}{other}.')
+    heat = self.temperature
+    if not isinstance(heat, int | float) or isinstance(heat, bool) or not 0 <= heat < math.inf:
+      raise ConfigError(f'temperature={heat!r} must be a number of 0 or more.')
 
 
 class Model(Protocol):
@@ -133,98 +132,11 @@ def tokenizer_digest(vocabulary: Any) -> str:
   return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-@dataclasses.dataclass(frozen=True)
-class Fitted:
-  """A prompt as the model gets it.
-
-  Attributes:
-    text: with the shots that are left.
-    ids: its tokens.
-    shots: how many are left.
-    cut: tokens that were cut off: at the end in reference mode, else at the beginning.
-  """
-
-  text: str
-  ids: tuple[int, ...]
-  shots: int
-  cut: int
-
-
-def fit(
-  prompt: Prompt,
-  room: int,
-  encode: Callable[[str], Sequence[int]],
-  mode: PromptMode,
-  input_length: int | None = None,
-) -> Fitted:
-  """A prompt in at most `room` tokens; see PromptMode.
-
-  In fixed mode the shots go one by one, and only when the bare question is still too long does its
-  beginning go. In reference mode input_length is a limit as well.
-  """
-  if mode is PromptMode.REFERENCE:
-    ids, length = encode(prompt.text()), min(room, input_length or room)
-    return Fitted(prompt.text(), tuple(ids[:length]), len(prompt.shots), max(0, len(ids) - length))
-  for shots in range(len(prompt.shots), -1, -1):
-    ids = encode(prompt.text(shots))
-    if len(ids) <= room:
-      return Fitted(prompt.text(shots), tuple(ids), shots, 0)
-  return Fitted(prompt.text(0), tuple(ids[len(ids) - room :]), 0, len(ids) - room)
-
-
-class _Encoder:
-  """Text to ids, for one model and mode."""
-
-  def __init__(self, model: Model, config: EvaluationConfig, task: EvaluationTask):
-    self._vocabulary = model.vocabulary
-    self._max_length = model.max_length
-    self._mode = PromptMode(config.prompt_mode)
-    self._task = task
-
-  def ids(self, text: str) -> list[int]:
-    return [int(i) for i in self._vocabulary.encode(text)]
-
-  def _fit(self, prompt: Prompt, after: int) -> Fitted:
-    room = self._max_length - 1 - after  # 1 for the id 0 that begins every sequence
-    if room < 1:
-      raise ConfigError(
-        f'{self._task.name}: {after} tokens after the prompt leave none of the {self._max_length} '
-        'of the model; lower max_new_tokens, or leave the task out.'
-      )
-    return fit(prompt, room, self.ids, self._mode, self._task.reference_length)
-
-  def choices(self, item: Item) -> tuple[list[Fitted], list[list[int]]]:
-    """(prompt, continuation ids) of every choice; all of them keep the same number of shots."""
-    eos = [self._vocabulary.eos_id] if self._task.append_eos else []
-    asked = item.prompts or (item.prompt,) * len(item.choices)
-    continuations = [self.ids(choice) + eos for choice in item.choices]
-    longest = max(map(len, continuations))
-    if not item.prompts:
-      prompts = [self._fit(item.prompt, longest)] * len(item.choices)
-    else:
-      shots = min(self._fit(prompt, longest).shots for prompt in asked)
-      least = [dataclasses.replace(p, shots=p.shots[len(p.shots) - shots :]) for p in asked]
-      prompts = [self._fit(prompt, longest) for prompt in least]
-    if self._task.joint:
-      pairs = zip(prompts, item.choices, continuations, strict=True)
-      continuations = [self._after(p, choice) + eos if not p.cut else c for p, choice, c in pairs]
-    return prompts, continuations
-
-  def _after(self, prompt: Fitted, choice: str) -> list[int]:
-    """Tokens of prompt and choice as one text, from where the prompt's own end."""
-    whole = self.ids(prompt.text + choice)
-    # A choice that melts into the prompt's last token would have none of its own.
-    return whole[len(prompt.ids) :] or self.ids(choice)
-
-  def question(self, item: Item, new_tokens: int) -> Fitted:
-    return self._fit(item.prompt, new_tokens)
-
-
 def _digest(ids: Sequence[Sequence[int]]) -> str:
   return hashlib.sha256(json.dumps([list(map(int, i)) for i in ids]).encode()).hexdigest()[:16]
 
 
-def _score_items(model: Model, encoder: _Encoder, items: Sequence[Item]):
+def _score_items(model: Model, encoder: Encoder, task: EvaluationTask, items: Sequence[Item]):
   """Yields (record, prediction) of each item whose choices are ranked."""
   encoded = [encoder.choices(item) for item in items]
   requests = [
@@ -240,6 +152,7 @@ def _score_items(model: Model, encoder: _Encoder, items: Sequence[Item]):
       lengths=tuple(map(len, continuations)),
       greedy=tuple(bool(score.is_greedy) for score in found),
     )
+    check_finite(prediction.log_probs, model.name, f'a choice of {task.name} item {item.name}')
     texts = list(dict.fromkeys(prompt.text for prompt in prompts))
     record = {
       'name': item.name,
@@ -258,7 +171,8 @@ def _score_items(model: Model, encoder: _Encoder, items: Sequence[Item]):
 def _new_tokens(task: EvaluationTask, config: EvaluationConfig, encoder, items) -> int:
   if config.max_new_tokens or task.max_new_tokens:
     return config.max_new_tokens or task.max_new_tokens
-  return max(len(encoder.ids(a)) for item in items for a in item.answers) + _SPARE_TOKENS
+  lengths = (len(encoder.ids(answer)) for item in items for answer in item.answers)
+  return max(lengths, default=0) + _SPARE_TOKENS
 
 
 def _generate_items(model, encoder, task, config, items: Sequence[Item], new_tokens: int):
@@ -274,6 +188,8 @@ def _generate_items(model, encoder, task, config, items: Sequence[Item], new_tok
     seed=config.seed,  # the model keys draws by prompt and sample
   )
   for item, prompt, samples in zip(items, prompts, outputs, strict=True):
+    sums = [float(sum(sample.log_probs)) for sample in samples]
+    check_finite(sums, model.name, f'its text for {task.name} item {item.name}')
     record = {
       'name': item.name,
       'prompt': prompt.text,
@@ -283,7 +199,7 @@ def _generate_items(model, encoder, task, config, items: Sequence[Item], new_tok
       'answers': list(item.answers),
       'texts': [sample.text for sample in samples],
       'finish': [sample.finish for sample in samples],
-      'text_log_probs': [round(float(sum(sample.log_probs)), 5) for sample in samples],
+      'text_log_probs': [round(total, 5) for total in sums],
     }
     yield record, Prediction(texts=tuple(sample.text for sample in samples))
 
@@ -344,7 +260,7 @@ def _measure(task: EvaluationTask, items: Sequence[Item], predictions: Sequence[
 
 def _answer(model, task, config, items: Sequence[Item], display):
   """(records, predictions) of all items, in their order."""
-  encoder = _Encoder(model, config, task)
+  encoder = Encoder(model.vocabulary, model.max_length, PromptMode(config.prompt_mode), task)
   new_tokens = 0 if items[0].choices else _new_tokens(task, config, encoder, items)
   records: list[dict[str, Any] | None] = [None] * len(items)
   predictions: list[Prediction | None] = [None] * len(items)
@@ -354,7 +270,7 @@ def _answer(model, task, config, items: Sequence[Item], display):
     chosen = order[begin : begin + config.chunk]
     asked = [items[i] for i in chosen]
     if asked[0].choices:
-      answered = list(_score_items(model, encoder, asked))
+      answered = list(_score_items(model, encoder, task, asked))
     else:
       answered = list(_generate_items(model, encoder, task, config, asked, new_tokens))
     measured = _measure(task, asked, [prediction for _, prediction in answered])
@@ -363,6 +279,24 @@ def _answer(model, task, config, items: Sequence[Item], display):
       records[index], predictions[index] = record, prediction
     display.advance(len(chosen))
   return records, predictions
+
+
+def _items(task: EvaluationTask) -> list[Item]:
+  """The items of a task.
+
+  Raises:
+    ConfigError: there are none, or two have the same name.
+  """
+  items = list(task.items())
+  if not items:
+    raise ConfigError(f'{task.name}: no item is left to ask; check its file, or leave it out.')
+  names = collections.Counter(item.name for item in items)
+  if twice := [name for name, count in names.items() if count > 1]:
+    raise ConfigError(
+      f'{task.name}: {len(twice)} items are there more than once, such as {twice[0]!r}; keep one '
+      'of each.'
+    )
+  return items
 
 
 def evaluate_task(
@@ -374,7 +308,8 @@ def evaluate_task(
     The content of the result file.
 
   Raises:
-    ConfigError: the file holds a result of another model or with other settings.
+    ConfigError: the file holds a result of another model or with other settings, the task has no
+      items, or the model gives no numbers.
   """
   path = epath.Path(config.out_dir) / results.file_name(task.name)
   head = identity(model, task, config)
@@ -382,13 +317,15 @@ def evaluate_task(
   if found is not None:
     display.end(found, resumed=True)
     return found
-  items = list(task.items())[: config.max_items]
+  if jax.process_index() == 0:
+    path.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is known now
+  items = _items(task)[: config.max_items]
   display.begin(task.name, len(items))
   records, predictions = _answer(model, task, config, items, display)
   head |= _figures(task, config, items, predictions, records)
   head['model']['dropped_fraction'] = float(model.dropped_fraction)
+  head['checkpoint'] = str(config.checkpoint)  # for people: it may have moved, its weights decide
   if jax.process_index() == 0:
-    epath.Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     results.save(path, head, records)
   result = {**head, 'items': records}
   display.end(result, resumed=False)
