@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from convert.core.forms import Form
-from convert.core.names import Row, name_table
+from convert.core.forms import Form, reading
+from convert.core.names import Row, listed, name_table
+from convert.core.source import model_problems, model_shapes, shape_problems
 from convert.core.tensors import ConvertError, Stored, as_bytes, cast, is_finite, same_bytes
-from convert.forward import agreement, forward, seeded_tokens
-from convert.run import check_shapes, model_shapes
+from convert.logits import agreement, forward, seeded_tokens
 from openmoe.config import ModelConfig
 
 _MODULES = ('router', 'attention', 'experts', 'extra_mlp', 'mlp', 'moe')
@@ -67,14 +67,8 @@ def verify(a: Form, b: Form, config: ModelConfig, logits: bool = True) -> tuple[
     (problems, each naming its tensor; the comparison of logits and routing, empty when names or
     shapes already keep the two from being the same model)
   """
-  problems = []
   rows, shapes = list(name_table(config)), model_shapes(config)
-  for form in (a, b):
-    problems += [f'{form.path}: {problem}' for problem in form.check_names(rows)]
-  if problems:
-    return problems, {}
-  for form in (a, b):
-    problems += [f'{form.path}: {p}' for p in check_shapes(form, rows, shapes)]
+  problems = [f'{f.path}: {p}' for f in (a, b) for p in model_problems(f, rows, shapes)]
   if problems:
     return problems, {}
   for row in rows:
@@ -155,9 +149,8 @@ def diff(a: Form, b: Form, config: ModelConfig) -> dict:
   """
   rows, shapes = list(name_table(config)), model_shapes(config)
   for form in (a, b):
-    problems = form.check_names(rows) or check_shapes(form, rows, shapes)
-    if problems:
-      raise ConvertError(f'{form.path}: {"; ".join(problems[:8])}')
+    if problems := model_problems(form, rows, shapes):
+      raise ConvertError(f'{form.path}: {listed(problems)}')
   modules, tensors = collections.defaultdict(Change), collections.defaultdict(Change)
   experts: dict[int | str, dict[int, Change]] = {}
   routers: dict[int | str, float] = {}
@@ -180,22 +173,27 @@ def diff(a: Form, b: Form, config: ModelConfig) -> dict:
 
 
 def fsck(form: Form, config: ModelConfig) -> list[str]:
-  """Everything that is wrong with one checkpoint; each phrase names the tensor or file."""
+  """Everything that is wrong with one checkpoint; each phrase names the tensor or file.
+
+  Raises:
+    ConvertError: so much is wrong that the rest cannot be looked at.
+  """
+  with reading(form.path):
+    return _fsck(form, config)
+
+
+def _fsck(form: Form, config: ModelConfig) -> list[str]:
   rows, shapes = list(name_table(config)), model_shapes(config)
   problems = [*form.problems(), *form.check_names(rows)]
   recorded = {line['target']: line for line in (form.receipt() or {}).get('tensors', ())}
   named = {form.parameter(row).name: row for row in rows if _there(form, row)}
   if len(named) == len(rows):
     problems += form.alias_problems(rows)
-  for row in named.values():
-    expected = shapes[row.name]
-    if form.transposed(row):
-      expected = (*expected[:-2], expected[-1], expected[-2])
-    stored = form.parameter(row)
-    if tuple(stored.shape) != tuple(expected):
-      problems.append(f'{stored.name} has shape {list(stored.shape)}, not {list(expected)}')
+  wrong = dict(shape_problems(form, named.values(), shapes))
+  problems += wrong.values()
   for name, row in named.items():
-    problems += _values(form.parameter(row), row, recorded.get(name))
+    if row not in wrong:  # of a shape that nobody expects it may also be of any size
+      problems += _values(form.parameter(row), row, recorded.get(name))
   others = form.tensors()
   for name, stored in others.items():
     # The rest of ours is whole arrays of which the rows above are slices.

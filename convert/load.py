@@ -12,10 +12,9 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from convert.core.forms import Form
+from convert.core.forms import Form, fill
 from convert.core.names import Row, classifier_table, expected_shapes, name_table
-from convert.core.tensors import cast, transpose_into
-from convert.run import check_source, model_shapes
+from convert.core.source import check_source, model_shapes
 from openmoe.config import ModelConfig
 from openmoe.models.classifier import SequenceClassifier
 from openmoe.train_state import abstract_params, empty_batch
@@ -26,7 +25,7 @@ def load_params(form: Form, config: ModelConfig, dtype: np.dtype | None = None) 
   """Parameters of a language model as a nested dict of NumPy arrays.
 
   Args:
-    form: as convert.run.find_form opens it; t5x, Hugging Face or ours.
+    form: as convert.core.source.find_form opens it; t5x, Hugging Face or ours.
     config: of the model, as convert.sizes.of_form tells it.
     dtype: of the arrays; None keeps what is stored.
 
@@ -64,9 +63,11 @@ def _load(
   ours: Mapping[str, tuple[int, ...]],
   dtype: np.dtype | None,
 ) -> PyTree:
-  """Args:
-  shapes: of the rows in the common layout, by name.
-  ours: of our arrays, by path.
+  """The tree of our parameters.
+
+  Args:
+    shapes: of the rows in the common layout, by name.
+    ours: shapes of our arrays, by path.
   """
   check_source(form, rows, shapes)
   params: dict[str, np.ndarray] = {}
@@ -76,18 +77,5 @@ def _load(
       params[row.ours] = np.empty(ours[row.ours], dtype or stored.dtype)
     # A view: of our stack only the leading axes are indexed, and a split gate is one axis.
     target = params[row.ours][row.index].reshape(shapes[row.name])
-    _fill(target, form, row)
+    fill(target, form, row)
   return flax.traverse_util.unflatten_dict(params, sep='/')
-
-
-def _fill(target: np.ndarray, form: Form, row: Row) -> None:
-  """Reads a row of the table into an array of the common layout, piece by piece."""
-  turned, stored = form.transposed(row), form.parameter(row)
-  for start, x in stored.pieces():
-    x = cast(x, target.dtype, stored.name)
-    if not turned:
-      target[start : start + len(x)] = x
-    elif x.ndim > 2:
-      transpose_into(target[start : start + len(x)], x)
-    else:
-      transpose_into(target[:, start : start + len(x)], x)

@@ -2,96 +2,39 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
-import functools
+import errno
 import json
 import os
-import re
-import tempfile
+import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import flax.traverse_util
 import numpy as np
 from etils import epath
 
 from convert import sizes
-from convert.core.forms import RECEIPT, Form, Sink
-from convert.core.names import NamesError, Row, expected_shapes, name_table
+from convert.core.forms import RECEIPT, Form, Options, Sink
+from convert.core.names import Row, name_table
+from convert.core.source import check_source, find_form, model_shapes, open_form
 from convert.core.tensors import DTYPES, ConvertError, Stored, digest
-from convert.formats.hf import MAX_SHARD, HfForm, HfSink, is_hf
-from convert.formats.ours import OursForm, OursSink, is_ours
-from convert.formats.t5x import T5xForm, T5xSink, is_t5x
-from convert.forward import agreement, forward, seeded_tokens
+from convert.formats.hf import HfSink
+from convert.formats.ours import OursSink
+from convert.formats.t5x import T5xSink
+from convert.logits import agreement, forward, seeded_tokens
 from convert.workplace import Job, Workplace
-from openmoe.config import Architecture, ModelConfig
-from openmoe.train_state import abstract_params, model_fields
+from openmoe.checkpoint import safe_json
+from openmoe.config import ModelConfig
+from openmoe.train_state import model_fields
 
-FORMS: dict[str, Callable[[epath.Path], Form]] = {'t5x': T5xForm, 'hf': HfForm, 'ours': OursForm}
-_TESTS = {'t5x': is_t5x, 'hf': is_hf, 'ours': is_ours}
+__all__ = ['Options', 'Result', 'convert', 'find_form']
+
+SINKS: dict[str, type[Sink]] = {'t5x': T5xSink, 'hf': HfSink, 'ours': OursSink}
 # A rounded copy may differ from its source by this share of the largest logit.
 _LOGIT_SHARE = 0.1
-
-
-def find_form(path: str | os.PathLike, kind: str | None = None) -> Form:
-  """Opens a checkpoint of any form; of a run directory, its newest checkpoint.
-
-  Raises:
-    ConvertError: there is no checkpoint of that kind.
-  """
-  root = epath.Path(path)
-  if not root.exists():
-    raise ConvertError(f'{root} does not exist.')
-  if not root.is_dir():
-    raise ConvertError(f"{root} is a file; give the checkpoint's directory.")
-  steps = [
-    (int(m[1]), p) for p in root.iterdir() if (m := re.fullmatch(r'checkpoint_(\d+)', p.name))
-  ]
-  places = [root, *(p for _, p in sorted(steps, reverse=True))]
-  for place in places:
-    for name, test in _TESTS.items():
-      if kind in (None, name) and test(place):
-        return FORMS[name](place)
-  wanted = {'t5x': 'a file `checkpoint`', 'hf': 'config.json', 'ours': 'metadata/metadata'}
-  needed = wanted[kind] if kind else ' or '.join(wanted.values())
-  raise ConvertError(
-    f'{root} holds no {kind or ""} checkpoint: neither it nor a checkpoint_<step> '
-    f'inside has {needed}.'
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """How to convert.
-
-  Attributes:
-    dtype: 'float32', 'bfloat16', or None to keep the source's.
-    optimizer: carry Adafactor's state along, between t5x and ours.
-    max_shard: bytes of a Hugging Face weight file.
-    codec: of t5x chunks, 'zstd' or 'gzip'.
-    tokenizer: files to put into a Hugging Face folder.
-    logits: compare logits of source and target on seeded tokens at the end.
-  """
-
-  dtype: str | None = None
-  optimizer: bool = False
-  max_shard: int = MAX_SHARD
-  codec: str = 'zstd'
-  tokenizer: Sequence[Path] = ()
-  logits: bool = True
-
-
-def final_path(out: str | os.PathLike, kind: str, step: int) -> epath.Path:
-  """Where a conversion ends up: t5x and ours live in `checkpoint_<step>` of a run directory."""
-  root = epath.Path(out if '://' in os.fspath(out) else os.path.abspath(out))
-  named = re.fullmatch(r'checkpoint_(\d+)', root.name)
-  if kind == 'hf':
-    return root
-  if named and int(named[1]) != step:
-    raise ConvertError(f'{root} is named for step {named[1]}; the weights are of step {step}.')
-  return root if named else root / f'checkpoint_{step}'
 
 
 def _target_dtype(source: Mapping[str, Stored], wanted: str | None) -> np.dtype:
@@ -103,24 +46,6 @@ def _target_dtype(source: Mapping[str, Stored], wanted: str | None) -> np.dtype:
     names = sorted(dtype.name for dtype in found)
     raise ConvertError(f'The source has tensors of {names}; choose --dtype float32 or bfloat16.')
   return known.pop()
-
-
-def _sink(
-  plan: Mapping[str, Any], place: epath.Path, out: epath.Path, form: Form, options: Options
-) -> Sink:
-  kind, step = plan['target']['kind'], plan['target']['step']
-  match kind:
-    case 't5x':
-      return T5xSink(place, step, options.codec)
-    case 'ours':
-      about = {'model': plan['model'], 'hf_fields': dict(form.kept_fields)}
-      return OursSink(place, step, about | {'converted_from': f'{form.kind}: {form.path.name}'})
-    case 'hf':
-      remote = '://' in os.fspath(out)
-      staging = Path(tempfile.mkdtemp(prefix='openmoe_convert_')) if remote else None
-      files, kept = options.tokenizer, form.kept_fields
-      return HfSink(place, form.step, options.max_shard, files, staging, kept)
-  raise AssertionError(kind)
 
 
 class _CommonShape:
@@ -139,47 +64,10 @@ class _CommonShape:
     return dataclasses.replace(stored, shape=(*lead, b, a), unit=1)
 
 
-def check_shapes(
-  form: Form, rows: Iterable[Row], shapes: Mapping[str, tuple[int, ...]]
-) -> list[str]:
-  """One phrase per parameter whose shape is not the model's."""
-  problems = []
-  for row in rows:
-    stored, expected = form.parameter(row), shapes[row.name]
-    if form.transposed(row):
-      expected = (*expected[:-2], expected[-1], expected[-2])
-    if tuple(stored.shape) != tuple(expected):
-      problems.append(f'{stored.name} has shape {list(stored.shape)}, not {list(expected)}')
-  return problems
-
-
-@functools.cache
-def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Shape of every row in the common layout, by its name; from the model itself."""
-  shapes = flax.traverse_util.flatten_dict(abstract_params(config)[0], sep='/')
-  ours = {path: leaf.shape for path, leaf in shapes.items()}
-  return expected_shapes(name_table(config), ours)
-
-
-def check_source(form: Form, rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]) -> None:
-  """Refuses a source whose names or shapes are not the model's.
-
-  Raises:
-    NamesError, ConvertError: naming every tensor at fault.
-  """
-  problems = form.check_names(rows)
-  if problems:
-    shown = '; '.join(problems[:8]) + f'; and {len(problems) - 8} more' * (len(problems) > 8)
-    raise NamesError(f'{form.path}: {shown}. Is --model the one that these weights belong to?')
-  problems = check_shapes(form, rows, shapes) or list(form.alias_problems(rows))
-  if problems:
-    raise ConvertError(f'{form.path}: {"; ".join(problems[:8])}. Is --model the right one?')
-
-
 def _jobs(form: Form, sink: Sink, config: ModelConfig, slots: Mapping) -> list[Job]:
   jobs = []
   for row in name_table(config):
-    turned = row.transposed and (form.kind == 'hf') != (sink.kind == 'hf')
+    turned = row.transposed and form.layout is not sink.layout
     jobs.append(Job(form.parameter(row), sink.parameter(row), turned))
     jobs += [Job(s, sink.slot(row, name)) for name, s in slots.get(row.t5x, {}).items()]
   # The largest begin first, so that threads do not wait for one at the end.
@@ -187,20 +75,19 @@ def _jobs(form: Form, sink: Sink, config: ModelConfig, slots: Mapping) -> list[J
 
 
 def _slots_in_use(form: Form, config: ModelConfig) -> dict[str, dict[str, Stored]]:
-  """Adafactor's slots by t5x path of the parameter; without those of t5x that only hold a place.
+  """Adafactor's slots in use by t5x path of the parameter.
 
   Raises:
     ConvertError: a slot is missing, or momentum is in use.
   """
-  if not getattr(form, 'has_optimizer', False):
+  if not form.has_optimizer:
     raise ConvertError(
       f'--optimizer: {form.path} has no Adafactor state; only t5x and our own checkpoints of '
       'Adafactor runs do.'
     )
   found = {}
   for row in name_table(config):
-    slots = form.slots(row)
-    used = {name: s for name, s in slots.items() if s.shape != (1,) or form.kind == 'ours'}
+    used = form.slots(row)
     if set(used) not in ({'v'}, {'v_row', 'v_col'}):
       raise ConvertError(f'{row.t5x}: slots in use are {sorted(used)}, not v, or v_row and v_col.')
     found[row.t5x] = used
@@ -259,19 +146,15 @@ def convert(form: Form, kind: str, out: str, model: str | None, options: Options
   Raises:
     ConvertError, NamesError: nothing appears under the final name; the message says why.
   """
-  config = sizes.of_form(form, model)
-  if kind == 't5x' and config.architecture is not Architecture.OPENMOE:
-    raise ConvertError(
-      f'--to t5x: {config.name} is a {config.architecture.value}, for which t5x has no model and '
-      'no names; export it --to hf.'
-    )
+  config, target = sizes.of_form(form, model), SINKS[kind]
+  target.check_model(config)
   rows, shapes = list(name_table(config)), model_shapes(config)
   check_source(form, rows, shapes)
   common = _CommonShape(form, config).stored
   dtype = _target_dtype(common, options.dtype)
   step = form.step or 0
-  if options.optimizer and 'hf' in (form.kind, kind):
-    raise ConvertError('--optimizer: Hugging Face folders hold no optimizer state.')
+  if options.optimizer and not target.holds_optimizer:
+    raise ConvertError(f'--optimizer: a checkpoint of kind {kind} holds no optimizer state.')
   slots = _slots_in_use(form, config) if options.optimizer else {}
   plan = {
     'source': {'kind': form.kind, 'fingerprint': form.fingerprint()},
@@ -281,13 +164,14 @@ def convert(form: Form, kind: str, out: str, model: str | None, options: Options
     'tokenizer': [[f.name, digest(f.read_bytes().hex())] for f in options.tokenizer],
     'model': model_fields(config),
   }
-  final = final_path(out, kind, step)
+  final = target.final_path(out, step)
   if (done := _already(final, plan)) is not None:
     return Result(final, len(done['tensors']), 0, 0.0, done)
-  work = Workplace(final, plan)
-  try:
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(_room_for(final, common, dtype))
+    work = stack.enter_context(contextlib.closing(Workplace(final, plan)))
     began = time.perf_counter()
-    sink = _sink(plan, work.path, final, form, options)
+    sink = stack.enter_context(contextlib.closing(target.begin(work.path, form, options)))
     sink.prepare(config, common, dtype)
     if slots:
       sink.prepare_slots(slots)
@@ -297,7 +181,7 @@ def convert(form: Form, kind: str, out: str, model: str | None, options: Options
     sink.finish()
     seconds = time.perf_counter() - began
     # Reading it as any other checkpoint also checks names, files and headers.
-    made = FORMS[kind](getattr(sink, 'local', work.path))
+    made = open_form(kind, work.path)
     check_source(made, rows, shapes)
     comparison = None
     if options.logits:
@@ -307,10 +191,25 @@ def convert(form: Form, kind: str, out: str, model: str | None, options: Options
     began = time.perf_counter()
     work.commit(json.dumps(receipt, indent=1).encode())
     seconds += time.perf_counter() - began
-  finally:
-    work.close()
   nbytes = sum(job.target.stored.nbytes for job in jobs)
   return Result(final, len(jobs), nbytes, seconds, receipt)
+
+
+@contextlib.contextmanager
+def _room_for(out: epath.Path, tensors: Mapping[str, Stored], dtype: np.dtype) -> Iterator[None]:
+  """A full disk becomes a ConvertError that says how much would be needed."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    needed = sum(stored.nbytes // stored.dtype.itemsize for stored in tensors.values())
+    place = next(p for p in (out, *out.parents) if p.exists())
+    raise ConvertError(
+      f'no space left on the disk of {place}: {needed * dtype.itemsize:,} bytes are needed in all, '
+      f'{shutil.disk_usage(os.fspath(place)).free:,} are free. Make room and give the same command '
+      'again: it goes on from what is there.'
+    ) from error
 
 
 def _already(final: epath.Path, plan: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -318,16 +217,16 @@ def _already(final: epath.Path, plan: Mapping[str, Any]) -> Mapping[str, Any] | 
   path = final / RECEIPT
   if not path.exists():
     return None
-  receipt = json.loads(path.read_text())
+  receipt = safe_json.read(path, limit=256 << 20)
   return receipt if receipt.get('plan') == digest(plan) else None
 
 
 def _check_each_once(jobs: Sequence[Job], lines: Sequence[Mapping[str, Any]]) -> None:
   """Every source tensor was used exactly once, and every target written exactly once."""
   for what in ('source', 'target'):
-    names = [line[what] for line in lines]
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled or len(names) != len(jobs):
+    names = collections.Counter(line[what] for line in lines)
+    doubled = sorted(name for name, count in names.items() if count > 1)
+    if doubled or len(lines) != len(jobs):
       raise ConvertError(f'{what} tensors not used exactly once: {doubled or "some are missing"}.')
 
 

@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -34,7 +34,10 @@ from convert.core.tensors import (
   same_bytes,
   sync_file,
   transpose,
+  write_synced,
 )
+from openmoe.checkpoint import safe_json
+from openmoe.checkpoint.paths import PARTIAL, Unreadable, is_remote
 
 # Two a core: while one waits for the disk, another hashes or transposes.
 THREADS = min(8, 2 * (os.cpu_count() or 1))
@@ -176,7 +179,7 @@ class Workplace:
   """
 
   def __init__(self, out: epath.Path, plan: Mapping[str, Any]):
-    self.out, self._remote = out, '://' in os.fspath(out)
+    self.out, self._remote = out, is_remote(out)
     if out.exists():
       raise ConvertError(f'{out} exists already; remove it or choose another output.')
     # Object stores cannot rename, so there the receipt, written last, is the sign of completion.
@@ -189,24 +192,35 @@ class Workplace:
       return
     out.parent.mkdir(parents=True, exist_ok=True)
     self._take_lock()
-    self._take_up()
+    try:
+      self._take_up()
+    except BaseException:
+      self.close()
+      raise
 
   def _take_lock(self) -> None:
     # Beside the directory, so that it holds nothing but the checkpoint.
     self._journal_path = self.out.parent / f'.{self.out.name}.journal'
     self._lock_path = self.out.parent / f'.{self.out.name}.lock'
-    self._lock_file = open(self._lock_path, 'w')  # noqa: SIM115 (held until close)
-    try:
-      # The kernel frees it when the process dies, however it dies.
-      fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-      raise ConvertError(f'Another process is converting to {self.out}; wait for it.') from error
+    while True:
+      self._lock_file = open(self._lock_path, 'w')  # noqa: SIM115 (held until close)
+      try:
+        # The kernel frees it when the process dies, however it dies.
+        fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except OSError as error:
+        self._lock_file.close()
+        raise ConvertError(f'Another process is converting to {self.out}; wait for it.') from error
+      # The former holder removes its file: a lock on what is gone keeps nobody out.
+      if _same_file(self._lock_file, self._lock_path):
+        return
+      self._lock_file.close()
 
   def _take_up(self) -> None:
     journal = self._journal_path
     lines = _json_lines(journal.read_text()) if journal.exists() else []
     if lines and lines[0].get('plan') == self._plan:
-      self._done = {line['target']: line for line in lines[1:]}
+      whole = (line for line in lines[1:] if 'target' in line and 'sha256_after' in line)
+      self._done = {line['target']: line for line in whole}
       _remove_leftovers(self.path)
     elif self.path.exists():
       shutil.rmtree(self.path)
@@ -258,7 +272,7 @@ class Workplace:
     if self._remote:
       (self.path / RECEIPT).write_bytes(receipt)
       return
-    (self.path / RECEIPT).write_bytes(receipt)
+    write_synced(self.path / RECEIPT, receipt)
     _sync_tree(self.path)
     os.rename(self.path, self.out)
     sync_file(self.out.parent)
@@ -275,13 +289,21 @@ class Workplace:
       self._lock_file.close()
 
 
+def _same_file(file: IO, path: os.PathLike | str) -> bool:
+  """Whether an open file is still what a path names."""
+  try:
+    return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+  except FileNotFoundError:
+    return False
+
+
 def _json_lines(text: str) -> list[dict[str, Any]]:
   """Whole lines only: the last one may have been cut off."""
   lines = []
   for line in text.split('\n')[:-1]:
     try:
-      lines.append(json.loads(line))
-    except ValueError:
+      lines.append(safe_json.parse(line.encode(), 'journal'))
+    except Unreadable:
       break
   return lines
 
@@ -290,7 +312,7 @@ def _remove_leftovers(path: epath.Path) -> None:
   """Removes what a killed process leaves behind: unfinished files of TensorStore, a receipt."""
   for folder, _, files in os.walk(path):
     for name in files:
-      if '.__lock' in name or name == RECEIPT:
+      if '.__lock' in name or name == RECEIPT or name.endswith(PARTIAL):
         os.unlink(os.path.join(folder, name))
 
 

@@ -22,10 +22,10 @@ from jax.sharding import NamedSharding
 
 from convert import sizes
 from convert.core.names import NamesError
+from convert.core.source import find_form
 from convert.core.tensors import ConvertError
 from convert.formats.hf import HfForm
 from convert.load import load_params
-from convert.run import find_form
 from openmoe import partitioning
 from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.config import Architecture, ConfigError, ModelConfig

@@ -1,28 +1,68 @@
 """What every checkpoint form offers: its parameters by row of the name table, its step, its facts.
 
-The forms are t5x (convert/t5x.py), Hugging Face (convert/hf.py) and ours (convert/ours.py). Each
-has a reader, a `Form`, and a writer, a `Sink`; conversion, verification and the rest know only
-these two.
+The forms are t5x, Hugging Face and ours (convert/formats/). Each has a reader, a `Form`, and a
+writer, a `Sink`; conversion, verification and the rest know only these two.
 """
 
 from __future__ import annotations
 
 import abc
-import json
+import contextlib
+import dataclasses
+import enum
 import os
+import pathlib
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from etils import epath
 
-from convert.core.names import Row
-from convert.core.tensors import Stored, Writable, digest
-from openmoe.config import ModelConfig
+from convert.core.names import NamesError, Row
+from convert.core.tensors import ConvertError, Stored, Writable, cast, digest, transpose_into
+from openmoe.checkpoint import paths, safe_json
+from openmoe.config import ConfigError, ModelConfig
 
 RECEIPT = 'conversion_receipt.json'
+MAX_SHARD = 5_000_000_000
+_LARGEST_RECEIPT = 256 << 20
 _SMALL = 1 << 20  # files up to this size count into a fingerprint with their content
+# What files of wrong types, sizes and nesting raise in code that is written for right ones.
+_DAMAGE = (
+  OSError,
+  ValueError,
+  TypeError,
+  KeyError,
+  AttributeError,
+  IndexError,
+  OverflowError,
+  RecursionError,
+  MemoryError,
+)
+
+
+class Layout(enum.Enum):
+  """How kernels lie: [in, out], or [out, in] as PyTorch's Linear has them."""
+
+  COMMON = 'common'
+  TORCH = 'torch'
+
+
+@contextlib.contextmanager
+def reading(path: os.PathLike | str) -> Iterator[None]:
+  """What reading a checkpoint raises becomes a ConvertError that names it: the edge of the files.
+
+  Readers check what they expect and say it better; this is for all that nobody thought of.
+  """
+  try:
+    yield
+  except (ConvertError, NamesError, ConfigError):
+    raise
+  except _DAMAGE as error:
+    told = isinstance(error, (paths.Unreadable, OSError))
+    reason = str(error) if told else f'{type(error).__name__}: {error}'
+    raise ConvertError(f'{os.fspath(path)} cannot be read: {reason[:500]}') from error
 
 
 class Form(abc.ABC):
@@ -30,12 +70,16 @@ class Form(abc.ABC):
 
   Attributes:
     kind: 't5x', 'hf' or 'ours'.
+    layout: of the kernels.
+    separator: between the parts of a tensor's name.
     path: of the checkpoint itself.
     step: optimizer steps, None if the form does not say.
     kept_fields: what the config.json of a Hugging Face folder told beyond the model's sizes.
   """
 
-  kind: str
+  kind: ClassVar[str]
+  layout: ClassVar[Layout] = Layout.COMMON
+  separator: ClassVar[str] = '/'
   path: epath.Path
   step: int | None = None
   kept_fields: Mapping[str, Any] = types.MappingProxyType({})
@@ -56,6 +100,16 @@ class Form(abc.ABC):
   def sizes(self) -> dict[str, Any]:
     """Fields of ModelConfig that the form itself tells, empty where it tells nothing."""
 
+  @property
+  def has_optimizer(self) -> bool:
+    """Whether Adafactor's state is there."""
+    return False
+
+  def slots(self, row: Row) -> dict[str, Stored]:
+    """Adafactor's slots of a parameter that are in use, by name, in t5x's shape."""
+    del row
+    return {}
+
   def problems(self) -> Iterator[str]:
     """What is wrong with the files themselves, beyond names and values."""
     return iter(())
@@ -67,11 +121,11 @@ class Form(abc.ABC):
 
   def receipt(self) -> Mapping[str, Any] | None:
     path = self.path / RECEIPT
-    return json.loads(path.read_text()) if path.exists() else None
+    return safe_json.read(path, limit=_LARGEST_RECEIPT) if path.exists() else None
 
   def transposed(self, row: Row) -> bool:
     """Whether this form's layout of a row is the transposed one."""
-    return row.transposed and self.kind == 'hf'
+    return row.transposed and self.layout is Layout.TORCH
 
   def pieces(self, row: Row) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, rows) of a parameter in the common layout, t5x's."""
@@ -89,11 +143,6 @@ class Form(abc.ABC):
     x = self.parameter(row).whole()
     return x.swapaxes(-1, -2) if self.transposed(row) else x
 
-  def load_expert(self, row: Row, expert: int) -> np.ndarray:
-    """One expert of a parameter whose first axis counts experts, in the common layout."""
-    x = self.parameter(row).read(expert, expert + 1)[0]
-    return x.T if self.transposed(row) else x
-
   def fingerprint(self) -> str:
     """Digest of all file names and sizes, and of the content of small files."""
     entries, folders = [], [self.path]
@@ -107,18 +156,87 @@ class Form(abc.ABC):
         size = path.stat().length
         # The contents of chunk files are covered by the tensors' own digests.
         described = path.suffix in ('.json', '.py') or path.name in ('checkpoint', '_METADATA')
-        content = path.read_bytes().hex() if described and size <= _SMALL else ''
+        small = described and size <= _SMALL
+        content = paths.read_small(path, _SMALL).hex() if small else ''
         entries.append([os.path.relpath(path, self.path), size, content])
     return digest(sorted(entries))
+
+
+def fill(target: np.ndarray, form: Form, row: Row) -> np.ndarray:
+  """Reads a row of the table into an array of the common layout, piece by piece; returns it.
+
+  Raises:
+    ConvertError: a value overflows the array's dtype, or a file is damaged.
+  """
+  turned, stored = form.transposed(row), form.parameter(row)
+  for start, x in stored.pieces():
+    x = cast(x, target.dtype, stored.name)
+    if not turned:
+      target[start : start + len(x)] = x
+    elif x.ndim > 2:
+      transpose_into(target[start : start + len(x)], x)
+    else:
+      transpose_into(target[:, start : start + len(x)], x)
+  return target
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How to convert.
+
+  Attributes:
+    dtype: 'float32', 'bfloat16', or None to keep the source's.
+    optimizer: carry Adafactor's state along, between t5x and ours.
+    max_shard: bytes of a Hugging Face weight file.
+    codec: of t5x chunks, 'zstd' or 'gzip'.
+    tokenizer: files to put into a Hugging Face folder.
+    logits: compare logits of source and target on seeded tokens at the end.
+  """
+
+  dtype: str | None = None
+  optimizer: bool = False
+  max_shard: int = MAX_SHARD
+  codec: str = 'zstd'
+  tokenizer: Sequence[pathlib.Path] = ()
+  logits: bool = True
 
 
 class Sink(abc.ABC):
   """A checkpoint that is being written, in a directory that is not yet its final one."""
 
-  kind: str
+  kind: ClassVar[str]
+  layout: ClassVar[Layout] = Layout.COMMON
+  holds_optimizer: ClassVar[bool] = True
+
+  @classmethod
+  @abc.abstractmethod
+  def begin(cls, place: epath.Path, source: Form, options: Options) -> Self:
+    """A sink for what is in `source`; `place` becomes the checkpoint, or is a remote one."""
+
+  @classmethod
+  def final_path(cls, out: os.PathLike | str, step: int) -> epath.Path:
+    """Where a conversion ends up: in `checkpoint_<step>` of a run directory.
+
+    Raises:
+      ConvertError: `out` is named for another step.
+    """
+    root = paths.absolute(out)
+    named = paths.step_of(root)
+    if named not in (None, step):
+      raise ConvertError(f'{root} is named for step {named}; the weights are of step {step}.')
+    return root / paths.checkpoint_name(step) if named is None else root
+
+  @classmethod
+  def check_model(cls, config: ModelConfig) -> None:
+    """Refuses a model that this form cannot hold.
+
+    Raises:
+      ConvertError: it has no names there.
+    """
+    del config
 
   @abc.abstractmethod
-  def prepare(self, config: ModelConfig, sources: Mapping[str, Stored], dtype) -> None:
+  def prepare(self, config: ModelConfig, sources: Mapping[str, Stored], dtype: np.dtype) -> None:
     """Lays out files for every row.
 
     Args:
@@ -126,10 +244,21 @@ class Sink(abc.ABC):
       dtype: of the floating tensors to write.
     """
 
+  def prepare_slots(self, slots: Mapping[str, Mapping[str, Stored]]) -> None:
+    """Lays out Adafactor's slots in use, by t5x path of the parameter and name of the slot."""
+    raise NotImplementedError(f'{type(self).__name__} holds no optimizer state')
+
   @abc.abstractmethod
   def parameter(self, row: Row) -> Writable:
     """Where a row goes."""
 
+  def slot(self, row: Row, name: str) -> Writable:
+    """Where a slot of a row goes."""
+    raise NotImplementedError(f'{type(self).__name__} holds no optimizer state')
+
   @abc.abstractmethod
   def finish(self) -> None:
     """Writes what is left, after all tensors are in place."""
+
+  def close(self) -> None:  # noqa: B027 (most have nothing to remove)
+    """Removes what lies outside the checkpoint; whether it was finished or not."""

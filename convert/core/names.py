@@ -9,14 +9,18 @@ Another architecture adds a function that yields its rows and a line in _TABLES.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from openmoe.config import Architecture, ModelConfig
 from openmoe.models.openmoe import group_shape
+
+MOST_LAYERS = 4096
+_MOST_NEAR = 16
 
 
 class NamesError(ValueError):
@@ -196,7 +200,15 @@ _TABLES: dict[Architecture, Callable[[ModelConfig], Iterator[Row]]] = {
 
 
 def name_table(config: ModelConfig) -> Iterator[Row]:
-  """Every foreign tensor of a language model, in layer order."""
+  """Every foreign tensor of a language model, in layer order.
+
+  Raises:
+    NamesError: it has more layers than any model has.
+  """
+  if config.num_layers > MOST_LAYERS:  # before a million names are made
+    raise NamesError(
+      f'{config.name} has {config.num_layers} layers; at most {MOST_LAYERS} are read.'
+    )
   return _TABLES[config.architecture](config)
 
 
@@ -231,24 +243,23 @@ def to_hf(rows: Iterable[Row], ours: Mapping[str, np.ndarray]) -> dict[str, np.n
   }
 
 
-def check_names(found: Iterable[str], expected: Iterable[str], where: str) -> None:
-  """Compares the names in a checkpoint with those of the model.
+def listed(problems: Sequence[str], most: int = 8) -> str:
+  """The first problems in one sentence, and how many more there are."""
+  rest = len(problems) - most
+  return '; '.join(problems[:most]) + (f'; and {rest} more' if rest > 0 else '')
 
-  Args:
-    found: with repetitions, where a name comes twice.
-    expected: all names that must be there, each once.
 
-  Raises:
-    NamesError: lists what is missing, unknown (with the nearest right name) or doubled.
-  """
-  found, expected = list(found), list(expected)
-  problems = name_problems(found, expected)
+def refuse_names(where: object, problems: Sequence[str]) -> None:
+  """Raises NamesError if there are problems with the names in a checkpoint."""
   if problems:
-    shown = '; '.join(problems[:8]) + (f'; and {len(problems) - 8} more' * (len(problems) > 8))
     raise NamesError(
-      f'{where}: {shown}. Is --model the one that these weights belong to? '
-      f'It has {len(expected)} tensors, {where} has {len(found)}.'
+      f'{where}: {listed(problems)}. Is --model the one that these weights belong to?'
     )
+
+
+def check_names(found: Iterable[str], expected: Iterable[str], where: object) -> None:
+  """Raises NamesError unless the names found are the expected ones, each once."""
+  refuse_names(where, name_problems(found, expected))
 
 
 def name_problems(found: Iterable[str], expected: Iterable[str]) -> list[str]:
@@ -257,14 +268,17 @@ def name_problems(found: Iterable[str], expected: Iterable[str]) -> list[str]:
   present, wanted = set(found), set(expected)
   missing = [name for name in expected if name not in present]
   problems = []
-  for name in sorted(present - wanted):
+  unknown = sorted(present - wanted)
+  # Looking for near names takes long; nobody reads more than a few.
+  problems += [f'{name} does not belong' for name in unknown[_MOST_NEAR:]]
+  for name in unknown[:_MOST_NEAR]:
     near = difflib.get_close_matches(name, missing or expected, n=1, cutoff=0.4)
     problems.append(
       f'{name} does not belong' + (f' (nearest name of the model: {near[0]})' if near else '')
     )
   problems += [f'{name} is missing' for name in missing]
-  doubled = {name for name in present if found.count(name) > 1} if len(found) > len(present) else ()
-  return problems + [f'{name} is there more than once' for name in sorted(doubled)]
+  doubled = sorted(name for name, count in collections.Counter(found).items() if count > 1)
+  return problems + [f'{name} is there more than once' for name in doubled]
 
 
 def expected_shapes(rows: Iterable[Row], ours: Mapping[str, tuple[int, ...]]) -> dict[str, tuple]:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 
 import ml_dtypes
 import numpy as np
-from etils import epath
+
+from openmoe.checkpoint.paths import Unreadable, is_remote, open_regular, write_whole
 
 PIECE = 8 << 20  # bytes handled at a time, unless a chunk or an expert is larger
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -127,9 +128,14 @@ def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
   return a.dtype == b.dtype and np.array_equal(a.view(kind), b.view(kind))
 
 
+def is_float(dtype: np.dtype) -> bool:
+  """Whether a type is one of floating numbers."""
+  return np.issubdtype(dtype, np.floating) or dtype == BFLOAT16
+
+
 def is_finite(x: np.ndarray) -> bool:
   """Whether all values are; a finite sum is the quick proof, an infinite one may be overflow."""
-  if not np.issubdtype(x.dtype, np.floating) and x.dtype != BFLOAT16:
+  if not is_float(x.dtype):
     return True
   with np.errstate(over='ignore', invalid='ignore'):
     if x.dtype == np.float32 and np.isfinite(x.sum()):
@@ -177,11 +183,53 @@ def sync_file(path: os.PathLike | str) -> None:
 
 
 def write_synced(path: os.PathLike | str, content: bytes) -> None:
-  """Writes a file and waits until the disk has it."""
-  if '://' in os.fspath(path):  # objects appear whole or not at all
-    epath.Path(path).write_bytes(content)
-    return
-  with open(path, 'wb') as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
+  """Writes a file as a whole and waits until the disk has it."""
+  write_whole(path, content, sync=True)
+
+
+def read_at(path: os.PathLike | str, offset: int, size: int) -> np.ndarray:
+  """Bytes of a file, uint8.
+
+  Raises:
+    ConvertError: the file ends before, or is none.
+  """
+  try:
+    with open_regular(path) as file:
+      if size > os.fstat(file.fileno()).st_size if not is_remote(path) else False:
+        raise ConvertError(f'{path} is truncated: it has fewer than {size} bytes.')
+      content = np.empty(size, np.uint8)
+      file.seek(offset)
+      done = 0
+      while done < size:
+        got = file.readinto(memoryview(content)[done:])
+        if not got:
+          raise ConvertError(f'{path} is truncated: {size} bytes at {offset} are not all there.')
+        done += got
+  except Unreadable as error:
+    raise ConvertError(str(error)) from error
+  return content
+
+
+def write_at(path: os.PathLike | str, offset: int, content: memoryview) -> None:
+  """Writes bytes into a local file that exists.
+
+  Raises:
+    OSError: not all of them could be written.
+  """
+  with open(path, 'r+b', buffering=0) as file:
+    while content:
+      # Of a disk that is nearly full a write takes what fits, and the next one says so.
+      done = os.pwrite(file.fileno(), content[:PIECE], offset)
+      content, offset = content[done:], offset + done
+
+
+_LFS = b'version https://git-lfs'
+
+
+def refuse_pointer(path: os.PathLike | str, first: bytes) -> None:
+  """Raises ConvertError if a weight file begins as what git keeps in its place."""
+  if first.startswith(_LFS[: len(first)]) and len(first) >= 8:
+    raise ConvertError(
+      f'{path} is a Git LFS pointer, not the file: run `git lfs pull` in its folder, or '
+      'download it.'
+    )

@@ -7,15 +7,18 @@ Whatever is compressed, remote, or cut along other axes than the first goes thro
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from convert.core.tensors import DTYPES, ConvertError, as_bytes, sync_file
+from openmoe.checkpoint import safe_json
+from openmoe.checkpoint.paths import Unreadable, open_regular
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +82,7 @@ class PlainSlice:
 
 def _read(path: pathlib.Path, into: memoryview, offset: int, size: int) -> None:
   try:
-    with open(path, 'rb', buffering=0) as file:
+    with open_regular(path) as file:
       if (there := os.fstat(file.fileno()).st_size) != size:
         raise ConvertError(f'chunk {path.name} is truncated or damaged: {there} bytes of {size}')
       file.seek(offset)
@@ -90,21 +93,38 @@ def _read(path: pathlib.Path, into: memoryview, offset: int, size: int) -> None:
         into = into[count:]
   except FileNotFoundError as error:
     raise ConvertError(f'chunk {path.name} is missing') from error
+  except (OSError, Unreadable) as error:
+    raise ConvertError(f'chunk {path.name} cannot be read: {error}') from error
 
 
 def plain_slice(folder: os.PathLike | str, index: tuple[int, ...]) -> PlainSlice | None:
   """The slice `index` of a local array, or None where its chunks are not plain rows of it."""
   folder = pathlib.Path(folder)
   try:
-    about = json.loads((folder / '.zarray').read_text())
-  except (OSError, ValueError):
+    about = safe_json.read(folder / '.zarray', limit=1 << 20)
+    shape, chunks = (_counts(about, name) for name in ('shape', 'chunks'))
+    dtype = _dtype(about.get('dtype'))
+  except (OSError, Unreadable):
     return None  # TensorStore says what is wrong with it
-  lead, shape, chunks = len(index), tuple(about['shape']), tuple(about['chunks'])
-  body = shape[lead:]
-  plain = about['compressor'] is None and not about['filters'] and about['order'] == 'C'
-  plain = plain and about.get('dimension_separator', '.') == '.'
+  lead, body = len(index), shape[len(index) :]
+  plain = about.get('compressor', '') is None and not about.get('filters', '')
+  plain = plain and about.get('order') == 'C' and about.get('dimension_separator', '.') == '.'
   by_rows = chunks[:lead] == (1,) * lead and chunks[lead + 1 :] == body[1:]
-  if not (plain and by_rows and body):
+  inside = len(chunks) == len(shape) and all(i < n for i, n in zip(index, shape, strict=False))
+  if not (plain and by_rows and inside and body and chunks[lead] and dtype is not None):
     return None
-  dtype = DTYPES['bfloat16'] if about['dtype'] == 'bfloat16' else np.dtype(about['dtype'])
   return PlainSlice(folder, index, body, dtype, chunks[lead])
+
+
+def _counts(about: Mapping[str, Any], name: str) -> tuple[int, ...]:
+  numbers = safe_json.field(about, name, list, '.zarray')
+  if not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
+    raise Unreadable(f'.zarray: {name} is {numbers!r:.80}')
+  return tuple(numbers)
+
+
+def _dtype(name: object) -> np.dtype | None:
+  """A little-endian type of numbers, or None for anything else."""
+  if name == 'bfloat16':
+    return DTYPES['bfloat16']
+  return np.dtype(name) if isinstance(name, str) and re.fullmatch('<[fiu][248]', name) else None

@@ -7,31 +7,59 @@ trust_remote_code=True and nothing else; see convert/torch/. JetMoE is transform
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import pathlib
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from etils import epath
 
-from convert.core.forms import Form, Sink
+from convert.core.forms import MAX_SHARD, Form, Layout, Options, Sink
 from convert.core.names import Row, hf_names, name_problems, name_table
-from convert.core.tensors import ConvertError, Stored, Writable, write_synced
+from convert.core.tensors import ConvertError, Stored, Writable, is_float, write_synced
 from convert.formats import hf_config
 from convert.formats.pickled import read_bin
 from convert.formats.safetensor import SafetensorsFile, read_safetensors
+from openmoe.checkpoint import safe_json
+from openmoe.checkpoint.paths import (
+  Unreadable,
+  absolute,
+  is_inside,
+  is_remote,
+  open_regular,
+  read_small,
+)
 from openmoe.config import ModelConfig
 
 TORCH_SOURCES = pathlib.Path(__file__).parents[1] / 'torch'
 INDEX = 'model.safetensors.index.json'
 _READERS = {'.safetensors': read_safetensors, '.bin': read_bin}
 _STEMS = (('model', '.safetensors'), ('pytorch_model', '.bin'))
-MAX_SHARD = 5_000_000_000
-_TOKENIZER = ('tokenizer', 'special_tokens', 'sentencepiece', 'spiece', 'added_tokens', 'chat_temp')
+_LARGEST_CONFIG = 4 << 20
+_LARGEST_TOKENIZER = 64 << 20
+# Files of a tokenizer that are taken along; no others, whatever they are called.
+_TOKENIZER = (
+  'added_tokens.json',
+  'chat_template.jinja',
+  'chat_template.json',
+  'merges.txt',
+  'sentencepiece.bpe.model',
+  'sentencepiece.model',
+  'special_tokens_map.json',
+  'spiece.model',
+  'tokenizer.json',
+  'tokenizer.model',
+  'tokenizer_config.json',
+  'vocab.json',
+  'vocab.txt',
+)
 
 
 class HfForm(Form):
@@ -41,15 +69,18 @@ class HfForm(Form):
     ConvertError: config.json or a shard cannot be read, or there are no weights.
   """
 
-  kind = 'hf'
+  kind, layout, separator = 'hf', Layout.TORCH, '.'
 
   def __init__(self, path: os.PathLike | str):
     self.path = epath.Path(path)
     try:
-      self.config = json.loads((self.path / 'config.json').read_text())
-    except (OSError, ValueError) as error:
+      file = self.path / 'config.json'
+      self.config = safe_json.read(file, limit=_LARGEST_CONFIG)
+      self.step = None
+      if self.config.get('openmoe_step') is not None:
+        self.step = safe_json.field(self.config, 'openmoe_step', int, str(file))
+    except (OSError, Unreadable) as error:
       raise ConvertError(f'{self.path}/config.json cannot be read: {error}') from error
-    self.step = self.config.get('openmoe_step')
     self.kept_fields = hf_config.kept(self.config)
     self._files, self._index = self._find_files()
     self._tensors: dict[str, Stored] = {}
@@ -67,17 +98,14 @@ class HfForm(Form):
   def _find_files(self) -> tuple[list[str], dict[str, str]]:
     """(weight files, tensor -> file of the index)."""
     for stem, suffix in _STEMS:
-      index = self.path / f'{stem}{suffix}.index.json'
-      if index.exists():
-        try:
-          where = json.loads(index.read_text())['weight_map']
-        except (ValueError, KeyError) as error:
-          raise ConvertError(f'{index} cannot be read: {error!r}') from error
-        if any(os.path.basename(name) != name for name in where.values()):
-          raise ConvertError(f'{index} names files outside its folder.')
+      single, index = f'{stem}{suffix}', self.path / f'{stem}{suffix}.index.json'
+      where = _read_index(index) if index.exists() else {}
+      # A single file goes before shards, as in transformers: an index that does not name it was
+      # left by an earlier save.
+      if (self.path / single).exists() and single not in where.values():
+        return [single], {}
+      if where:
         return sorted(set(where.values())), where
-      if (self.path / f'{stem}{suffix}').exists():
-        return [f'{stem}{suffix}'], {}
     raise ConvertError(
       f'{self.path} has neither model.safetensors nor pytorch_model.bin nor an index of shards.'
     )
@@ -86,15 +114,24 @@ class HfForm(Form):
     return dict(self._tensors)
 
   def parameter(self, row: Row) -> Stored:
-    stored = self._tensors[row.hf]
+    # Of a tied tensor that was saved under one name, either name will do.
+    name = next((n for n in (row.hf, *row.hf_aliases) if n in self._tensors), row.hf)
+    stored = self._tensors[name]
     if row.part == (0, 1) or stored.rows % row.part[1]:
       return stored  # of a shape that is refused, where it does not divide
     return _part(stored, row)
 
   def check_names(self, rows: Sequence[Row]) -> list[str]:
-    aliases = {alias for row in rows for alias in row.hf_aliases}
-    found = [name for name in self._tensors if name not in aliases]
-    return name_problems([*found, *self._doubled], hf_names(rows))
+    of_alias = {alias: row.hf for row in rows for alias in row.hf_aliases}
+    found = dict.fromkeys(of_alias.get(name, name) for name in self._tensors)
+    return [
+      f'{problem}; as {self._tensors[name].dtype.name} it is no weight: remove it from the file'
+      if (name := problem.split(' ', 1)[0]) in self._tensors
+      and name not in self._doubled
+      and not is_float(self._tensors[name].dtype)
+      else problem
+      for problem in name_problems([*found, *self._doubled], hf_names(rows))
+    ]
 
   def sizes(self) -> dict[str, Any]:
     return hf_config.sizes(self.config)
@@ -113,8 +150,36 @@ class HfForm(Form):
     for row in rows:
       for alias in row.hf_aliases:
         there = self._tensors.get(alias)
-        if there is not None and there.sha256() != self.parameter(row).sha256():
+        if (
+          there is not None
+          and row.hf in self._tensors
+          and there.sha256() != self.parameter(row).sha256()
+        ):
           yield f'{alias} differs from {row.hf}, to which it is tied'
+
+
+def _read_index(path: epath.Path) -> dict[str, str]:
+  """{tensor: weight file in the same folder}.
+
+  Raises:
+    ConvertError: it is of another form, or names what cannot be a weight file there.
+  """
+  try:
+    where = safe_json.field(safe_json.read(path), 'weight_map', dict, str(path))
+  except (OSError, Unreadable) as error:
+    raise ConvertError(f'{path} cannot be read: {error}') from error
+  if not where:
+    raise ConvertError(f'{path} names no tensors.')
+  for tensor, name in where.items():
+    if not isinstance(name, str):
+      raise ConvertError(f'{path}: {tensor} is said to lie in {name!r:.40}, which is no file name.')
+    if not is_inside(name) or '/' in name:
+      raise ConvertError(f'{path} names files outside its folder: {name}.')
+    if os.path.splitext(name)[1] not in _READERS:
+      raise ConvertError(
+        f'{path} names {name}; weights are read from {" and ".join(_READERS)} files.'
+      )
+  return where
 
 
 def _part(stored: Stored, row: Row) -> Stored:
@@ -132,15 +197,15 @@ class HfSink(Sink):
   """Writes a Hugging Face folder.
 
   Args:
-    path: local directory that becomes the folder, or gs:// or s3://: there, shards are made in
-      `staging` and uploaded whole when all are done.
+    path: directory that becomes the folder; of one in an object store, shards are made in a local
+      directory and uploaded whole when all are done.
     step: noted in config.json.
     max_shard: bytes of a weight file, unless one tensor is larger.
     extra_files: tokenizer files to copy along.
     kept_fields: of the config.json that the weights once came with.
   """
 
-  kind = 'hf'
+  kind, layout, holds_optimizer = 'hf', Layout.TORCH, False
 
   def __init__(
     self,
@@ -148,14 +213,28 @@ class HfSink(Sink):
     step: int | None,
     max_shard: int = MAX_SHARD,
     extra_files: Sequence[pathlib.Path] = (),
-    staging: pathlib.Path | None = None,
     kept_fields: Mapping[str, Any] | None = None,
   ):
     self._path, self._step, self._max_shard = path, step, max_shard
-    self.local = epath.Path(staging) if staging else path
+    self._staged = is_remote(path)
+    self._local = epath.Path(tempfile.mkdtemp(prefix='openmoe_convert_')) if self._staged else path
     self._extra, self._kept = list(extra_files), dict(kept_fields or {})
     self._files: dict[str, SafetensorsFile] = {}
     self._where: dict[str, str] = {}
+
+  @classmethod
+  def begin(cls, place: epath.Path, source: Form, options: Options) -> Self:
+    return cls(place, source.step, options.max_shard, options.tokenizer, source.kept_fields)
+
+  @classmethod
+  def final_path(cls, out: os.PathLike | str, step: int) -> epath.Path:
+    """A folder of its own, whatever the step."""
+    del step
+    return absolute(out)
+
+  def close(self) -> None:
+    if self._staged:
+      shutil.rmtree(self._local, ignore_errors=True)
 
   def prepare(self, config: ModelConfig, sources: Mapping[str, Stored], dtype: np.dtype) -> None:
     self._config, self._dtype = config, dtype
@@ -176,11 +255,11 @@ class HfSink(Sink):
       shards[-1].append((row.hf, shape, dtype))
       size, total = size + nbytes, total + nbytes
     self._total = total
-    self.local.mkdir(parents=True, exist_ok=True)
+    self._local.mkdir(parents=True, exist_ok=True)
     for i, tensors in enumerate(shards, 1):
       name = f'model-{i:05}-of-{len(shards):05}.safetensors'
       name = name if len(shards) > 1 else 'model.safetensors'
-      file = SafetensorsFile(self.local / name, tensors)
+      file = SafetensorsFile(self._local / name, tensors)
       self._files[name] = file
       self._where |= dict.fromkeys((tensor for tensor, _, _ in tensors), name)
 
@@ -194,33 +273,60 @@ class HfSink(Sink):
 
   def finish(self) -> None:
     write = lambda name, value: write_synced(
-      self.local / name, (json.dumps(value, indent=2) + '\n').encode()
+      self._local / name, (json.dumps(value, indent=2) + '\n').encode()
     )
     if len(self._files) > 1:
       write(INDEX, {'metadata': {'total_size': self._total}, 'weight_map': self._where})
     write('config.json', hf_config.to_hf(self._config, self._dtype.name, self._step, self._kept))
     write('generation_config.json', hf_config.generation(self._kept))
     for name in hf_config.sources(self._config):
-      shutil.copyfile(TORCH_SOURCES / name, self.local / name)
+      shutil.copyfile(TORCH_SOURCES / name, self._local / name)
     for file in self._extra:
-      shutil.copyfile(file, self.local / file.name)
-    write_synced(self.local / 'README.md', hf_config.card(self._config, self._dtype.name).encode())
-    if self.local != self._path:
-      for file in self.local.iterdir():
-        file.copy(self._path / file.name, overwrite=True)
+      write_synced(self._local / file.name, read_small(file, _LARGEST_TOKENIZER))
+    card = hf_config.card(self._config, self._dtype.name).encode()
+    write_synced(self._local / 'README.md', card)
+    if self._staged:
+      for file in sorted(self._local.iterdir()):
+        _upload(file, self._path / file.name)
+
+
+def _upload(file: epath.Path, target: epath.Path) -> None:
+  """Copies a file to an object store and reads it back.
+
+  Raises:
+    ConvertError: what lies there is not what was sent.
+  """
+  file.copy(target, overwrite=True)
+  if _sha256(target) != _sha256(file):
+    raise ConvertError(f'{target} reads back other than it was uploaded; give the command again.')
+
+
+def _sha256(path: epath.Path) -> str:
+  with open_regular(path) as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def tokenizer_files(folder: os.PathLike | str) -> list[pathlib.Path]:
-  """Files of a tokenizer in a folder.
+  """Files of a tokenizer in a folder: regular files of known names, that lie there themselves.
 
   Raises:
-    ConvertError: there are none.
+    ConvertError: there are none, or one is a link that leads out of the folder.
   """
-  found = sorted(p for p in pathlib.Path(folder).iterdir() if p.name.startswith(_TOKENIZER))
+  root = pathlib.Path(folder)
+  if not root.is_dir():
+    raise ConvertError(f'--tokenizer={folder} is no folder; give the one with the tokenizer files.')
+  found = [root / name for name in _TOKENIZER if os.path.lexists(root / name)]
   if not found:
-    raise ConvertError(
-      f'--tokenizer={folder} has no tokenizer files (tokenizer*, spiece.model...).'
-    )
+    raise ConvertError(f'--tokenizer={folder} has no tokenizer files: {", ".join(_TOKENIZER)}.')
+  for file in found:
+    # An export is made to be published, and a link may lead to what is not.
+    if not file.resolve().is_relative_to(root.resolve()):
+      raise ConvertError(
+        f'--tokenizer: {file} is a link that leads out of {folder}; put a copy in its place if it '
+        'is to be published.'
+      )
+    if not (file.exists() and stat.S_ISREG(file.stat().st_mode)):
+      raise ConvertError(f'--tokenizer: {file} is no file.')
   return found
 
 

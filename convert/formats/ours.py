@@ -1,4 +1,4 @@
-"""Our own checkpoints, read and written a slice at a time, in the form openmoe/checkpoint.py has.
+"""Our own checkpoints, read and written a slice at a time, in the form openmoe/checkpoint/ has.
 
 Reading takes orbax's OCDBT database or plain zarr directories, whatever the chunks; writing makes
 plain zarr directories with one layer's rows to a chunk, which orbax restores like any other.
@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from etils import epath
 
-from convert.core.forms import Form, Sink
+from convert.core.forms import Form, Options, Sink
 from convert.core.names import Row, name_problems, name_table
 from convert.core.tensors import ConvertError, Stored, Writable, write_synced
 from convert.formats.zarrays import ZarrStore, missing_chunks
-from openmoe.checkpoint import manifest
+from openmoe.checkpoint import manifest, safe_json
+from openmoe.checkpoint.paths import Unreadable, step_of
 from openmoe.config import Architecture, ModelConfig
-from openmoe.train_state import identity
+from openmoe.train_state import identity, model_fields
 
 MOMENTS = ('v', 'v_row', 'v_col')
 CODEC = None  # float weights hardly compress, and an uncompressed chunk is read five times faster
@@ -52,12 +52,13 @@ class OursForm(Form):
     self._params = ZarrStore(self.path / 'params')
     self._state = ZarrStore(self.path / 'state')
     try:
-      self._facts = json.loads((self.path / 'metadata' / 'metadata').read_text())
-      self.step = int(self._facts['step'])
-      self._about = self._facts.get('metadata', {})
-      self.kept_fields = self._about.get('hf_fields', {})
-    except (OSError, ValueError, KeyError) as error:
-      raise ConvertError(f'{self.path}/metadata cannot be read: {error!r}') from error
+      file = self.path / 'metadata' / 'metadata'
+      self._facts = safe_json.read(file)
+      self.step = safe_json.field(self._facts, 'step', int, str(file))
+      self._about = safe_json.field(self._facts, 'metadata', dict, str(file), {})
+      self.kept_fields = safe_json.field(self._about, 'hf_fields', dict, str(file), {})
+    except (OSError, Unreadable) as error:
+      raise ConvertError(f'{self.path}/metadata cannot be read: {error}') from error
     self._names = {name.replace('.', '/'): name for name in self._params.names()}
     self._state_names = {name.replace('.', '/'): name for name in self._state.names()}
     self._params.cache_for(self._names.values())
@@ -77,6 +78,7 @@ class OursForm(Form):
 
   @property
   def has_optimizer(self) -> bool:
+    """Whether moments are there."""
     return any(path.startswith('opt_state/moments/') for path in self._state_names)
 
   def slots(self, row: Row) -> dict[str, Stored]:
@@ -104,9 +106,9 @@ class OursForm(Form):
     return told
 
   def problems(self) -> Iterator[str]:
-    named = re.fullmatch(r'checkpoint_(\d+)', self.path.name)
-    if named and int(named[1]) != self.step:
-      yield f'mixed steps: the directory says {named[1]}, the metadata {self.step}'
+    named = step_of(self.path)
+    if named not in (None, self.step):
+      yield f'mixed steps: the directory says {named}, the metadata {self.step}'
     if problem := manifest.find_problem(self.path, self.step):
       yield problem
     for path in ('step', 'opt_state/count'):
@@ -139,6 +141,13 @@ class OursSink(Sink):
     self._state = ZarrStore(path / 'state')
     self._config: ModelConfig | None = None
     self._trees: dict[str, dict[str, tuple[int, ...] | None]] = {'params': {}, 'state': {}}
+
+  @classmethod
+  def begin(cls, place: epath.Path, source: Form, options: Options) -> Self:
+    del options
+    about = {'hf_fields': dict(source.kept_fields)}
+    about['converted_from'] = f'{source.kind}: {source.path.name}'
+    return cls(place, source.step or 0, about)
 
   def prepare(self, config: ModelConfig, sources: Mapping[str, Stored], dtype: np.dtype) -> None:
     self._config = config
@@ -212,7 +221,8 @@ class OursSink(Sink):
   def finish(self) -> None:
     for item, tree in self._trees.items():
       write_synced(self._path / item / '_METADATA', _tree_metadata(tree))
-    facts = {'step': self._step, 'identity': identity(self._config), 'metadata': self._metadata}
+    metadata = {'model': model_fields(self._config)} | self._metadata
+    facts = {'step': self._step, 'identity': identity(self._config), 'metadata': metadata}
     write_synced(self._path / 'metadata' / 'metadata', json.dumps(facts).encode())
     for item in _HANDLERS:
       # Object stores have no rename: there orbax takes this file for the sign of completion.

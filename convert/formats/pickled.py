@@ -1,134 +1,139 @@
 """torch.save files (.bin) without torch and without running what they contain.
 
 A .bin is a zip archive: data.pkl is a pickle that says which tensors there are, data/N holds the
-bytes of storage N. The pickle is read by an unpickler that knows seven harmless names, all replaced
-by functions of ours; any other name is refused, so nothing in the file can be executed.
+bytes of storage N. The pickle is read by weight_pickle.py, which builds descriptions of tensors and
+can do nothing else.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-import io
 import math
 import os
-import pickle
 import struct
+import threading
 import zipfile
-from typing import Any, ClassVar
+import zlib
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-from convert.core.tensors import BFLOAT16, ConvertError, Stored
+from convert.core.tensors import PIECE, ConvertError, Stored, as_bytes, read_at, refuse_pointer
+from convert.formats.weight_pickle import PickleError, Tensor, read_pickle
+from openmoe.checkpoint.paths import Unreadable, open_regular
 
 _LARGEST_PICKLE = 64 << 20
-_STORAGES = {
-  'FloatStorage': np.dtype(np.float32),
-  'BFloat16Storage': BFLOAT16,
-  'HalfStorage': np.dtype(np.float16),
-}
+_MOST_ENTRIES = 1 << 20
+_LOCAL_HEADER = 30  # bytes
 
 
-@dataclasses.dataclass(frozen=True)
 class _Storage:
-  key: str
-  dtype: np.dtype
-  elements: int
+  """The bytes of one entry of the archive, compared with its CRC-32 when they are read in order."""
+
+  def __init__(self, path: epath.Path, info: zipfile.ZipInfo):
+    header = read_at(path, info.header_offset, _LOCAL_HEADER).tobytes()
+    if header[:4] != b'PK\x03\x04':
+      raise ConvertError(f'{path} is damaged: {info.filename} does not lie where its list says.')
+    # The local header has name and padding of its own length.
+    name, extra = struct.unpack('<HH', header[26:30])
+    self.start = info.header_offset + _LOCAL_HEADER + name + extra
+    self.size, self._crc = info.file_size, info.CRC
+    self._what = f'{path} is damaged: {info.filename}'
+    self._path, self._lock = path, threading.Lock()
+    self._sound: bool | None = None
+    if self.start + self.size > path.stat().length:
+      raise ConvertError(f'{path} is truncated: {info.filename} is not all there.')
+
+  def read(self, offset: int, size: int) -> np.ndarray:
+    return read_at(self._path, self.start + offset, size)
+
+  def compare(self, crc: int) -> None:
+    """Raises ConvertError unless the CRC-32 of all bytes is this one."""
+    self._sound = crc == self._crc
+    if not self._sound:
+      raise ConvertError(f'{self._what} has another CRC-32 than when it was written.')
+
+  def check(self) -> None:
+    """As compare, of the bytes as they lie there; they are read once."""
+    with self._lock:
+      if self._sound is None:
+        crc = 0
+        for at in range(0, self.size, PIECE):
+          crc = zlib.crc32(self.read(at, min(PIECE, self.size - at)), crc)
+        self.compare(crc)
+      elif not self._sound:
+        self.compare(self._crc ^ 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-  storage: _Storage
-  offset: int  # elements
-  shape: tuple[int, ...]
-  strides: tuple[int, ...]  # elements
-
-
-def _rebuild_tensor(storage, offset, shape, strides, *unused) -> _Tensor:
-  del unused  # requires_grad and hooks, of no use here
-  if not isinstance(storage, _Storage):
-    raise pickle.UnpicklingError('a tensor without a storage')
-  return _Tensor(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
-
-
-def _rebuild_parameter(tensor, *unused) -> _Tensor:
-  del unused
-  return tensor
-
-
-class _Unpickler(pickle.Unpickler):
-  """Resolves only the names below, to functions of this module."""
-
-  _ALLOWED: ClassVar = {
-    ('collections', 'OrderedDict'): collections.OrderedDict,
-    ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
-    ('torch._utils', '_rebuild_parameter'): _rebuild_parameter,
-  }
-
-  def find_class(self, module: str, name: str) -> Any:
-    if module == 'torch' and name in _STORAGES:
-      return _STORAGES[name]
-    if (module, name) not in self._ALLOWED:
-      raise pickle.UnpicklingError(f'it asks for {module}.{name}, which no weight file needs')
-    return self._ALLOWED[module, name]
-
-  def persistent_load(self, pid: Any) -> _Storage:
-    kind, dtype, key, _, elements = pid
-    if kind != 'storage' or not isinstance(dtype, np.dtype):
-      raise pickle.UnpicklingError(f'an unknown kind of reference: {kind!r}')
-    return _Storage(str(key), dtype, int(elements))
-
-
-def read_at(path: epath.Path, offset: int, size: int) -> np.ndarray:
-  """Bytes of a file, uint8.
+def _stored(path: epath.Path, name: str, tensor: Tensor, storage: _Storage) -> Stored:
+  """Rows of a tensor.
 
   Raises:
-    ConvertError: the file ends before.
+    ConvertError: it reaches beyond its storage.
   """
-  content = np.empty(size, np.uint8)
-  # A local file is read without a buffer between; remote ones go through epath's own.
-  opened = path.open('rb') if '://' in os.fspath(path) else open(path, 'rb', buffering=0)  # noqa: SIM115
-  with opened as file:
-    file.seek(offset)
-    done = 0
-    while done < size:
-      got = file.readinto(memoryview(content)[done:])
-      if not got:
-        raise ConvertError(f'{path} is truncated: {size} bytes at {offset} are not all there.')
-      done += got
-  return content
-
-
-def _data_offset(path: epath.Path, info: zipfile.ZipInfo) -> int:
-  """Where an entry's bytes begin: its local header has name and padding of its own length."""
-  header = read_at(path, info.header_offset, 30).tobytes()
-  name, extra = struct.unpack('<HH', header[26:30])
-  return info.header_offset + 30 + name + extra
-
-
-def _stored(path: epath.Path, name: str, tensor: _Tensor, start: int, size: int) -> Stored:
-  """Rows of a tensor whose storage begins at byte `start` of the file."""
-  dtype, shape = tensor.storage.dtype, tensor.shape
+  dtype, shape, strides = tensor.dtype, tensor.shape, tensor.strides
   item = dtype.itemsize
-  last = tensor.offset + sum((n - 1) * s for n, s in zip(shape, tensor.strides, strict=True))
-  if min((*shape, 1)) < 1 or min((*tensor.strides, 0)) < 0 or (last + 1) * item > size:
+  lowest = min((*shape, 1)) < 1 or min((*strides, 0)) < 0 or tensor.offset < 0
+  if len(shape) != len(strides) or lowest:
+    raise ConvertError(f'{name} in {path} reaches beyond its storage.')
+  last = tensor.offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+  if (last + 1) * item > storage.size or math.prod(shape) * item > storage.size:
     raise ConvertError(f'{name} in {path} reaches beyond its storage.')
   row = math.prod(shape[1:])
   plain = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+  if strides != plain:
+    return Stored(name, shape, dtype, _gathered(tensor, storage, last), max(1, *shape[:1]))
+  whole = tensor.offset == 0 and math.prod(shape) * item == storage.size
+  crc, done = 0, 0
 
   def read(first: int, stop: int) -> np.ndarray:
-    if tensor.strides == plain:
-      at = start + (tensor.offset + first * row) * item
-      content = read_at(path, at, (stop - first) * row * item)
-      return content.view(dtype).reshape((stop - first, *shape[1:]) if shape else ())
-    # torch keeps transposed views as they are; such a tensor is gathered from its whole storage.
-    content = read_at(path, start + tensor.offset * item, (last - tensor.offset + 1) * item)
+    nonlocal crc, done
+    if not whole:
+      storage.check()
+    content = storage.read((tensor.offset + first * row) * item, (stop - first) * row * item)
+    if whole and first in (0, done):
+      # In order, as a conversion and fsck read: then the check costs no reading of its own.
+      crc, done = zlib.crc32(as_bytes(content), 0 if first == 0 else crc), stop
+      if (stop if shape else 1) == (shape[0] if shape else 1):
+        storage.compare(crc)
+    return content.view(dtype).reshape((stop - first, *shape[1:]) if shape else ())
+
+  return Stored(name, shape, dtype, read)
+
+
+def _gathered(tensor: Tensor, storage: _Storage, last: int):
+  """Reading of a transposed view, which torch keeps as it is; from its whole storage."""
+  item = tensor.dtype.itemsize
+
+  def read(first: int, stop: int) -> np.ndarray:
+    storage.check()
+    content = storage.read(tensor.offset * item, (last - tensor.offset + 1) * item)
     strides = [s * item for s in tensor.strides]
-    view = np.lib.stride_tricks.as_strided(content.view(dtype), shape, strides)
+    view = np.lib.stride_tricks.as_strided(content.view(tensor.dtype), tensor.shape, strides)
     return np.ascontiguousarray(view[first:stop])
 
-  return Stored(name, shape, dtype, read, 1 if tensor.strides == plain else max(1, *shape[:1]))
+  return read
+
+
+def _archive(path: epath.Path) -> tuple[str, dict[str, zipfile.ZipInfo], bytes]:
+  """(what names in the archive begin with, its entries, the pickle)."""
+  with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+    infos = archive.infolist()
+    entries = {info.filename: info for info in infos}
+    if len(infos) > _MOST_ENTRIES or len(entries) < len(infos):
+      raise ConvertError(f'{path} has too many entries, or two of one name.')
+    pickled = [name for name in entries if name.endswith('/data.pkl') or name == 'data.pkl']
+    if len(pickled) != 1:
+      raise ConvertError(f'{path} has {len(pickled)} entries data.pkl, not one.')
+    if entries[pickled[0]].file_size > _LARGEST_PICKLE:
+      raise ConvertError(f'{path}: its data.pkl is larger than {_LARGEST_PICKLE} bytes.')
+    if any(info.compress_type for info in infos):
+      raise ConvertError(f'{path} is compressed, which torch.save never does.')
+    root = pickled[0].removesuffix('data.pkl')
+    order = entries.get(f'{root}byteorder')
+    if order and (order.file_size != 6 or archive.read(order) != b'little'):
+      raise ConvertError(f'{path} was written on a big-endian machine.')
+    return root, entries, archive.read(pickled[0])
 
 
 def read_bin(path: os.PathLike | str) -> dict[str, Stored]:
@@ -139,38 +144,39 @@ def read_bin(path: os.PathLike | str) -> dict[str, Stored]:
   """
   path = epath.Path(path)
   try:
-    with path.open('rb') as file, zipfile.ZipFile(file) as archive:
-      entries = {info.filename: info for info in archive.infolist()}
-      pickled = [name for name in entries if name.endswith('/data.pkl') or name == 'data.pkl']
-      if len(pickled) != 1:
-        raise ConvertError(f'{path} has {len(pickled)} entries data.pkl, not one.')
-      if entries[pickled[0]].file_size > _LARGEST_PICKLE:
-        raise ConvertError(f'{path}: its data.pkl is larger than {_LARGEST_PICKLE} bytes.')
-      if any(info.compress_type for info in entries.values()):
-        raise ConvertError(f'{path} is compressed, which torch.save never does.')
-      root = pickled[0].removesuffix('data.pkl')
-      if archive.read(root + 'byteorder') != b'little' if root + 'byteorder' in entries else False:
-        raise ConvertError(f'{path} was written on a big-endian machine.')
-      found = _Unpickler(io.BytesIO(archive.read(pickled[0]))).load()
-  except zipfile.BadZipFile as error:
-    raise ConvertError(
-      f'{path} is truncated, or of the format before torch 1.6: {error}. Save it anew with a '
-      'present torch, best as safetensors.'
-    ) from error
-  except Exception as error:
-    if isinstance(error, (ConvertError, OSError)):
-      raise
-    # A hostile pickle can fail in any way; none of them may pass for a weight file.
+    with open_regular(path) as file:
+      refuse_pointer(path, file.read(64))
+    root, entries, pickled = _archive(path)
+    found = read_pickle(pickled)
+  except Unreadable as error:
+    raise ConvertError(str(error)) from error
+  except PickleError as error:
     raise ConvertError(f'{path} is not a plain weight file: {error}. Nothing was run.') from error
+  except (zipfile.BadZipFile, EOFError, ValueError, OSError, NotImplementedError) as error:
+    # Offsets of a damaged list lead anywhere, before the file's beginning too.
+    raise ConvertError(
+      f'{path} is damaged, truncated, or of the format before torch 1.6: {error}. Save it anew '
+      'with a present torch, best as safetensors.'
+    ) from error
   if not isinstance(found, dict):
     raise ConvertError(f'{path} holds a {type(found).__name__}, not a state_dict.')
-  return {str(name): _resolve(path, root, entries, str(name), t) for name, t in found.items()}
+  storages: dict[str, _Storage] = {}
+  return {str(n): _resolve(path, root, entries, storages, str(n), t) for n, t in found.items()}
 
 
-def _resolve(path: epath.Path, root: str, entries: dict, name: str, tensor: Any) -> Stored:
-  if not isinstance(tensor, _Tensor):
+def _resolve(
+  path: epath.Path,
+  root: str,
+  entries: dict[str, zipfile.ZipInfo],
+  storages: dict[str, _Storage],
+  name: str,
+  tensor: Any,
+) -> Stored:
+  if not isinstance(tensor, Tensor):
     raise ConvertError(f'{name} in {path} is a {type(tensor).__name__}, not a tensor.')
-  info = entries.get(f'{root}data/{tensor.storage.key}')
-  if info is None or info.file_size < tensor.storage.elements * tensor.storage.dtype.itemsize:
-    raise ConvertError(f'{name} in {path}: its storage data/{tensor.storage.key} is not all there.')
-  return _stored(path, name, tensor, _data_offset(path, info), info.file_size)
+  info = entries.get(f'{root}data/{tensor.key}')
+  if info is None or not 0 <= tensor.elements * tensor.dtype.itemsize <= info.file_size:
+    raise ConvertError(f'{name} in {path}: its storage data/{tensor.key} is not all there.')
+  if tensor.key not in storages:
+    storages[tensor.key] = _Storage(path, info)
+  return _stored(path, name, tensor, storages[tensor.key])

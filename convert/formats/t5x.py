@@ -9,48 +9,60 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
+import flax.serialization
 import msgpack
 import numpy as np
 from etils import epath
 
-from convert.core.forms import Form, Sink
+from convert.core.forms import Form, Options, Sink
 from convert.core.names import Row, name_problems, name_table
-from convert.core.tensors import DTYPES, ConvertError, Stored, Writable, as_bytes, write_synced
+from convert.core.tensors import ConvertError, Stored, Writable, write_synced
 from convert.formats.zarrays import ZarrStore, missing_chunks
+from openmoe.checkpoint.paths import read_small
 from openmoe.config import Architecture, ModelConfig
 
 SLOTS = ('m', 'v', 'v_row', 'v_col')
 VERSION = 3
 # Float weights hardly compress: a level below 0 keeps the format and leaves out the effort.
 CODECS = {'zstd': {'id': 'zstd', 'level': -1}, 'gzip': {'id': 'gzip', 'level': 1}}
-_NDARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # msgpack extension codes of flax.serialization
-_LARGEST_INLINE = 1 << 30
+_ARRAYS = (1, 3)  # msgpack extension codes of flax.serialization: arrays and NumPy scalars
+_LARGEST_FILE = 1 << 30
+_LONGEST, _MOST_CONTAINERS = 1 << 16, 1 << 20
 
 
-def _dtype(name: str) -> np.dtype:
-  return DTYPES['bfloat16'] if name in ('bfloat16', 'V2') else np.dtype(name)
+def _check_size(content: bytes) -> None:
+  """Refuses a msgpack that would unpack to far more than its own size.
 
+  Raises:
+    ConvertError: it has more, larger or deeper containers than any checkpoint.
+  """
+  count = 0
 
-def _decode(code: int, data: bytes):
-  """flax's msgpack extensions: arrays and NumPy scalars, both as (shape, dtype name, bytes)."""
-  if code not in (_NDARRAY, _SCALAR):
-    raise ConvertError(f'The checkpoint file holds msgpack extension {code}; known are 1 and 3.')
-  shape, name, content = msgpack.unpackb(data, raw=False, max_bin_len=_LARGEST_INLINE)
-  return np.frombuffer(content, _dtype(name)).reshape(shape)
+  def seen(_) -> None:
+    nonlocal count
+    count += 1
+    if count > _MOST_CONTAINERS:
+      raise ConvertError(f'The checkpoint file has more than {_MOST_CONTAINERS} containers.')
 
+  def inside(code: int, data: bytes) -> None:
+    if code not in _ARRAYS:
+      raise ConvertError(f'The checkpoint file holds msgpack extension {code}; known are 1 and 3.')
+    unpack(data)
 
-def _encode(x: np.ndarray) -> msgpack.ExtType:
-  packed = msgpack.packb((list(x.shape), x.dtype.name, bytes(as_bytes(x))), use_bin_type=True)
-  return msgpack.ExtType(_NDARRAY, packed)
+  def unpack(data: bytes) -> None:
+    msgpack.unpackb(
+      data,
+      object_hook=seen,
+      list_hook=seen,
+      ext_hook=inside,
+      strict_map_key=False,
+      max_array_len=_LONGEST,
+      max_map_len=_LONGEST,
+    )
 
-
-def _unchunk(node: Mapping) -> np.ndarray:
-  """Arrays too large for one msgpack value are stored flat in pieces."""
-  parts = [node['chunks'][str(i)] for i in range(len(node['chunks']))]
-  shape = tuple(int(node['shape'][str(i)]) for i in range(len(node['shape'])))
-  return np.concatenate(parts).reshape(shape)
+  unpack(content)
 
 
 def _leaves(node: Any, path: str = '') -> Iterator[tuple[str, Any]]:
@@ -59,8 +71,6 @@ def _leaves(node: Any, path: str = '') -> Iterator[tuple[str, Any]]:
     yield path, np.asarray(node)
   elif not isinstance(node, Mapping):
     raise ConvertError(f'{path} in the checkpoint file is a {type(node).__name__}, not an array.')
-  elif '__msgpack_chunked_array__' in node:
-    yield path, _unchunk(node)
   elif 'driver' in node and 'kvstore' in node:
     yield path, os.path.basename(str(node['kvstore'].get('path', '')).rstrip('/'))
   else:
@@ -84,17 +94,13 @@ class T5xForm(Form):
     self.path = epath.Path(path)
     self._store = ZarrStore(path)
     try:
-      content = msgpack.unpackb(
-        (self.path / 'checkpoint').read_bytes(),
-        ext_hook=_decode,
-        raw=False,
-        strict_map_key=False,
-        max_bin_len=_LARGEST_INLINE,
-        max_ext_len=_LARGEST_INLINE,
-      )
-      version, tree = content['version'], content['optimizer']
+      content = read_small(self.path / 'checkpoint', _LARGEST_FILE)
+      _check_size(content)
+      # Written by flax.serialization, so arrays that lie in pieces are put together as well.
+      tree = flax.serialization.msgpack_restore(content)
+      version, tree = tree['version'], tree['optimizer']
       self._leaves = dict(_leaves(tree))
-    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
       raise ConvertError(f'{self.path}/checkpoint is not a whole t5x msgpack: {error!r}') from error
     if version != VERSION:
       raise ConvertError(f'{self.path} is a t5x checkpoint of version {version}; known is 3.')
@@ -122,9 +128,10 @@ class T5xForm(Form):
     return name_problems(found, [row.t5x for row in rows])
 
   def slots(self, row: Row) -> dict[str, Stored]:
-    """Adafactor's slots of a parameter by name; unused ones have shape (1,)."""
+    """Adafactor's slots of a parameter that are in use; the others of t5x have shape (1,)."""
     base = f'state/param_states/{row.t5x}'
-    return {s: self._stored(f'{base}/{s}') for s in SLOTS if f'{base}/{s}' in self._leaves}
+    found = {s: self._stored(f'{base}/{s}') for s in SLOTS if f'{base}/{s}' in self._leaves}
+    return {name: stored for name, stored in found.items() if stored.shape != (1,)}
 
   @property
   def has_optimizer(self) -> bool:
@@ -182,6 +189,19 @@ class T5xSink(Sink):
     self._codec = CODECS[codec]
     self._step = step
     self._tree: dict[str, Any] = {}
+    self._inline: dict[str, np.ndarray] = {}
+
+  @classmethod
+  def begin(cls, place: epath.Path, source: Form, options: Options) -> Self:
+    return cls(place, source.step or 0, options.codec)
+
+  @classmethod
+  def check_model(cls, config: ModelConfig) -> None:
+    if config.architecture is not Architecture.OPENMOE:
+      raise ConvertError(
+        f'--to t5x: {config.name} is a {config.architecture.value}, for which t5x has no model and '
+        'no names; export it --to hf.'
+      )
 
   def _add(self, path: str, shape: tuple[int, ...], dtype: np.dtype, unit: int) -> None:
     name = path.replace('/', '.')
@@ -215,27 +235,41 @@ class T5xSink(Sink):
       self._add(f'target/{row.t5x}', source.shape, dtype, source.step())
 
   def prepare_slots(self, slots: Mapping[str, Mapping[str, Stored]]) -> None:
-    """Lays out Adafactor's slots by t5x path of the parameter; those not in use are (1,) zeros."""
+    """Lays out Adafactor's slots by t5x path of the parameter; those not in use are (1,) zeros.
+
+    t5x reads a leaf from a directory of its own only where it has named axes, and these are `v` and
+    the factored slots of experts; it wants all others in the msgpack (t5x checkpoints.py _read_ts).
+    """
     for path, used in slots.items():
       for name in SLOTS:
         where = f'state/param_states/{path}/{name}'
-        if name in used:
+        if name not in used:
+          self._set(where, np.zeros((1,), np.float32))
+        elif name == 'v' or '/expert/' in path:
           self._add(where, used[name].shape, used[name].dtype, used[name].step())
         else:
-          self._set(where, np.zeros((1,), np.float32))
+          # Whatever step a conversion was interrupted at, what no file holds is read again.
+          self._inline[where] = np.array(used[name].whole())
+          self._set(where, self._inline[where])
 
   def parameter(self, row: Row) -> Writable:
     return self._store.writable(f'target.{row.t5x}'.replace('/', '.'), label=f'target/{row.t5x}')
 
   def slot(self, row: Row, name: str) -> Writable:
     path = f'state/param_states/{row.t5x}/{name}'
-    return self._store.writable(path.replace('/', '.'), label=path)
+    if path not in self._inline:
+      return self._store.writable(path.replace('/', '.'), label=path)
+    x = self._inline[path]
+
+    def write(start: int, rows: np.ndarray) -> None:
+      x[start : start + len(rows)] = rows
+
+    return Writable(Stored(path, x.shape, x.dtype, lambda start, stop: x[start:stop]), write)
 
   def finish(self) -> None:
     content = {'version': VERSION, 'optimizer': self._tree}
-    packed = msgpack.packb(content, default=_encode, use_bin_type=True, strict_types=True)
-    write_synced(self._path / 'checkpoint', packed)
+    write_synced(self._path / 'checkpoint', flax.serialization.msgpack_serialize(content))
 
 
 def is_t5x(path: epath.Path) -> bool:
-  return (path / 'checkpoint').is_file() if hasattr(path, 'is_file') else False
+  return (path / 'checkpoint').exists()

@@ -6,9 +6,11 @@ file would pass for a whole one.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,8 +27,10 @@ from convert.core.tensors import (
   sync_file,
 )
 from convert.formats.chunks import PlainSlice, plain_slice
+from openmoe.checkpoint.paths import is_remote
 
-LARGEST_CHUNK = 64 << 20
+LARGEST_CHUNK = 64 << 20  # that is written
+LARGEST_READ = 16 << 30  # of a chunk that is read: orbax can make one of all that a device holds
 _NO_ZERO_FILL = {'fill_missing_data_reads': False}
 
 
@@ -87,9 +91,15 @@ class ZarrStore:
     """
     spec = self._array(name) | ({} if missing_is_zero else _NO_ZERO_FILL)
     try:
-      return ts.open(spec, open=True, context=self._context).result()
+      array = ts.open(spec, open=True, context=self._context).result()
     except ValueError as error:
       raise ConvertError(f'{name} in {self.path} cannot be opened: {error}') from error
+    chunk = math.prod(array.chunk_layout.read_chunk.shape or ()) * array.dtype.numpy_dtype.itemsize
+    if chunk > LARGEST_READ:
+      raise ConvertError(
+        f'{name} in {self.path} has chunks of {chunk} bytes; {LARGEST_READ} at most.'
+      )
+    return array
 
   def cache_for(self, names: Iterable[str]) -> None:
     """Keeps decoded chunks that hold several layers, so that each is decoded once.
@@ -129,7 +139,7 @@ class ZarrStore:
 
   def _plain(self, name: str, index: tuple[int, ...], merge: int) -> PlainSlice | None:
     """A slice that needs no TensorStore, if this is one."""
-    if self._ocdbt or '://' in os.fspath(self.path):
+    if self._ocdbt or is_remote(self.path):
       return None
     plain = plain_slice(self.path / name, index)
     return plain if plain is not None and len(plain.shape) > merge else None
@@ -192,7 +202,8 @@ class ZarrStore:
     }
     # Zeros are stored like anything else, so that a missing chunk always means a lost one.
     spec = self._array(name) | {'metadata': metadata, 'store_data_equal_to_fill_value': True}
-    ts.open(spec, create=True, open=True, context=self._context).result()
+    with _disk_errors(self.path):
+      ts.open(spec, create=True, open=True, context=self._context).result()
 
   def writable(
     self, name: str, *, label: str = '', index: tuple[int, ...] = (), split: tuple[int, ...] = ()
@@ -212,10 +223,10 @@ class ZarrStore:
     stored = self._stored(array, label or name, merge)
 
     def write(start: int, x: np.ndarray) -> None:
-      if not array.shape or len(x) == stored.rows:
-        array.write(x.reshape(array.shape)).result()
-        return
-      array[start : start + len(x)].write(x.reshape(len(x), *array.shape[1:])).result()
+      whole = not array.shape or len(x) == stored.rows
+      part = array if whole else array[start : start + len(x)]
+      with _disk_errors(self.path):
+        part.write(x.reshape(part.shape)).result()
 
     def sync() -> None:
       # Chunks are named for their place, so those of a slice begin with its index.
@@ -225,6 +236,18 @@ class ZarrStore:
           sync_file(path)
 
     return Writable(stored, write, sync)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: os.PathLike | str) -> Iterator[None]:
+  """TensorStore says only in its text that it was the disk."""
+  try:
+    yield
+  except ValueError as error:
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
+      if os.strerror(number) in str(error):
+        raise OSError(number, os.strerror(number), os.fspath(path)) from error
+    raise
 
 
 def _merged(shape: tuple[int, ...], merge: int) -> tuple[int, ...]:

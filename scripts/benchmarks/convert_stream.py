@@ -10,6 +10,8 @@ the same bytes in the same run. Logits are not compared here: that reads everyth
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -17,18 +19,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 
 import numpy as np
 from etils import epath
 
+from convert.__main__ import main as convert
 from convert.core.names import name_table
+from convert.core.source import model_shapes
 from convert.core.tensors import Stored
 from convert.formats.ours import OursSink
-from convert.run import model_shapes
 from openmoe.config import ModelConfig, MoEConfig
 from openmoe.train_state import model_fields
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+ONE = 'one_direction'
 MEMORY_LIMIT, SHARE_LIMIT = 600_000_000, 0.3
 
 
@@ -65,6 +71,61 @@ def generate(path: pathlib.Path, config: ModelConfig) -> int:
       target.write(start, x * np.float32(0.02))
   sink.finish()
   return sum(stored.nbytes for stored in sources.values())
+
+
+class PeakMemory:
+  """Largest resident memory above what the process had at the start, sampled by a thread."""
+
+  def __init__(self):
+    self.base = self._resident()
+    self.peak = self.base
+    self._stop = threading.Event()
+    threading.Thread(target=self._watch, daemon=True).start()
+
+  @staticmethod
+  def _resident() -> int:
+    with open('/proc/self/statm') as file:
+      return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+  def _watch(self) -> None:
+    while not self._stop.wait(0.01):
+      self.peak = max(self.peak, self._resident())
+
+  def above_base(self) -> int:
+    """Bytes; ends the watching."""
+    self._stop.set()
+    return max(self.peak, self._resident()) - self.base
+
+
+def copy_rate(source: str) -> float:
+  """Bytes per second of a plain copy of a checkpoint's files, synced, on the disk of '.'."""
+  place = tempfile.mkdtemp(prefix='.openmoe_copy_', dir='.')
+  began, total = time.perf_counter(), 0
+  try:
+    for folder, _, files in os.walk(source):
+      for name in files:
+        path = os.path.join(place, f'{total}')
+        total += os.path.getsize(os.path.join(folder, name))
+        with open(os.path.join(folder, name), 'rb') as a, open(path, 'wb') as b:
+          shutil.copyfileobj(a, b, 1 << 24)
+          b.flush()
+          os.fsync(b.fileno())
+    return total / max(time.perf_counter() - began, 1e-9)
+  finally:
+    shutil.rmtree(place)
+
+
+def one_direction(arguments: list[str]) -> int:
+  """`python -m convert` with these arguments, SOURCE and TARGET last; prints its report."""
+  out, memory = io.StringIO(), PeakMemory()
+  with contextlib.redirect_stdout(out):
+    code = convert([*arguments, '--json'])
+  if code:
+    return code
+  report = json.loads(out.getvalue()) | {'peak_memory_above_base': memory.above_base()}
+  report['share_of_file_copy'] = round(report['bytes_per_second'] / copy_rate(arguments[-2]), 3)
+  print(json.dumps(report))
+  return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,8 +169,9 @@ def measure(place: pathlib.Path, config: ModelConfig) -> dict[str, dict]:
   }
   report = {}
   for name, (verb, flag, kind, source, target) in directions.items():
-    command = [sys.executable, '-m', 'convert', verb, flag, kind, '--model', str(model)]
-    command += ['--no_logits', '--compare_copy', '--json', str(place / source), str(place / target)]
+    module = 'scripts.benchmarks.convert_stream'
+    command = [sys.executable, '-m', module, ONE, verb, flag, kind, '--model', str(model)]
+    command += ['--no_logits', str(place / source), str(place / target)]
     environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
     done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment)
     if done.returncode:
@@ -121,4 +183,5 @@ def measure(place: pathlib.Path, config: ModelConfig) -> dict[str, dict]:
 
 
 if __name__ == '__main__':
-  raise SystemExit(main())
+  one = sys.argv[1:2] == [ONE]
+  raise SystemExit(one_direction(sys.argv[2:]) if one else main())

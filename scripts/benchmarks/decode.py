@@ -26,8 +26,8 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 import jax
 import numpy as np
 
+from convert.core.source import find_form
 from convert.load import load_params
-from convert.run import find_form
 from convert.sizes import of_form
 from openmoe.inference.model import LanguageModel
 

@@ -18,9 +18,10 @@ from etils import epath
 from convert import sizes
 from convert.__main__ import main
 from convert.core.names import name_table
+from convert.core.source import model_shapes
 from convert.core.tensors import Stored
 from convert.formats.ours import OursSink
-from convert.run import Options, convert, find_form, model_shapes
+from convert.run import Options, convert, find_form
 from openmoe.config import ModelConfig, MoEConfig
 from openmoe.train_state import model_fields
 

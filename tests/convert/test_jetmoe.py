@@ -11,11 +11,12 @@ import safetensors.numpy
 
 from convert import sizes
 from convert.core.names import NamesError, classifier_table, hf_names, name_table, to_hf
+from convert.core.source import model_shapes
 from convert.core.tensors import ConvertError
 from convert.formats import hf_config
-from convert.forward import forward
 from convert.load import load_classifier, load_params
-from convert.run import Options, convert, find_form, model_shapes
+from convert.logits import forward
+from convert.run import Options, convert, find_form
 from openmoe.models import build_model
 from openmoe.train_state import abstract_params
 from tests.convert import case

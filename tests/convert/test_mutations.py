@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from convert.core.source import find_form
 from convert.core.tensors import ConvertError
 from convert.formats.pickled import read_bin
-from convert.run import find_form
 from tests.convert import case
 
 

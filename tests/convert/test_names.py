@@ -5,9 +5,9 @@ import pytest
 
 from convert import sizes
 from convert.core.names import NamesError, check_names, name_table
+from convert.core.source import model_shapes
 from convert.core.tensors import ConvertError
 from convert.formats.zarrays import kvstore
-from convert.run import model_shapes
 from openmoe.train_state import abstract_params, model_fields
 
 

@@ -15,7 +15,7 @@ transformers = pytest.importorskip('transformers')
 from torch.nn import functional
 
 from convert.core.names import name_table
-from convert.run import find_form
+from convert.core.source import find_form
 from convert.torch.configuration_openmoe import OpenMoeConfig
 from convert.torch.experts_openmoe import expert_capacity, router_losses
 from convert.torch.modeling_openmoe import OpenMoeForCausalLM
@@ -248,7 +248,7 @@ def test_an_export_loads_by_itself_in_a_process_without_this_repository(hf, ours
     [sys.executable, '-c', code], cwd=tmp_path, env=environment, capture_output=True, text=True
   )
   assert done.returncode == 0, done.stderr
-  from convert.forward import forward
+  from convert.logits import forward
 
   expected = forward(find_form(ours), case.CONFIG, x.numpy()).logits
   np.testing.assert_allclose(np.load(tmp_path / 'y.npy'), expected, atol=2e-5)
