@@ -43,6 +43,8 @@ from openmoe.observe.record import write_run_record
 from openmoe.optimizer import make_optimizer, programme_rate
 from openmoe.plan import abstract_state, flops_before
 from openmoe.programme import Programme, as_programme, check_optimizers
+from openmoe.running.agreement import in_first
+from openmoe.running.lease import Lease
 from openmoe.running.signals import Signals
 from openmoe.running.validation import make_evaluation
 from openmoe.train_state import TrainState, identity, init_state, model_fields, state_shardings
@@ -113,6 +115,7 @@ class Running:
   describe: Callable[[int], dict]
   writer: MetricsWriter
   signals: Signals
+  lease: Lease
 
 
 def check(
@@ -176,6 +179,8 @@ def train(
   # What is opened is closed in turn, also when something raises: a save that has begun is finished.
   with contextlib.ExitStack() as opened:
     signals = opened.enter_context(Signals(device_mesh))
+    lease = Lease(run.model_dir, note=logging.warning)
+    in_first(lambda: opened.enter_context(lease))
     checkpointer = opened.enter_context(
       Checkpointer(run.model_dir, run.keep_checkpoints, identity(model))
     )
@@ -233,7 +238,7 @@ def train(
     if first < run.total_steps:
       writer.note(format_plan(plan_table(programme)))
     running = Running(
-      run, first, state, step_fn, feed, evaluate, checkpointer, describe, writer, signals
+      run, first, state, step_fn, feed, evaluate, checkpointer, describe, writer, signals, lease
     )
     end = _loop(running)
     step = running.step
@@ -317,6 +322,7 @@ def _loop(at: Running) -> End:
       _record(at, step, jax.device_get(metrics), batch)
 
   def save() -> None:
+    at.lease.check()
     flush()  # never save what has not been seen to be finite
     at.writer.flush()
     at.checkpointer.save(at.step, at.state, at.feed.state(), at.describe(at.step))
@@ -335,6 +341,7 @@ def _loop(at: Running) -> End:
       at.state, metrics = at.step_fn(at.state, batch)
     compiled = True
     at.step += 1
+    at.lease.check()
     pending.append((at.step, metrics, at.feed.last))
     stop = at.signals.stop_after_step()
     last = stop or at.step == run.total_steps
