@@ -6,15 +6,20 @@ The harness has no list of plug-ins to be found in: a model is known once it is 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from openmoe.config import ConfigError
+from openmoe.evaluation.prompts import check_finite, split
 from openmoe.inference.decode import Sampling
 from openmoe.inference.model import LanguageModel
 
 NAME = 'openmoe'
 MAX_NEW_TOKENS = 256  # the harness's own default for tasks that do not say
+# What tasks call the length of an answer, the first that is given counts.
+_LENGTHS = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')
+_LEAST_MASS = 1e-6  # stands for top_p=0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +29,36 @@ class _Asked:
   stop: tuple[str, ...]
   max_new_tokens: int
   sampling: Sampling
+
+
+def _number(name: str, value: Any, least: float, whole: bool = True) -> float:
+  """A checked option; numbers of the command line may come as text."""
+  try:
+    number = float(value) if isinstance(value, str) else value
+  except ValueError:
+    number = None
+  good = isinstance(number, int | float) and not isinstance(number, bool)
+  if not good or not least <= number < math.inf or (whole and number != int(number)):
+    kind = 'a whole number' if whole else 'a number'
+    raise ConfigError(f'{name}={value!r} must be {kind}, {least} or more.')
+  return number
+
+
+def _sampling(options: Mapping[str, Any]) -> Sampling:
+  """How tokens are drawn: not at all where do_sample is off, or temperature or top_p is 0."""
+  given = {name: value for name, value in options.items() if value is not None}
+  draws = given.get('do_sample')
+  if draws not in (None, True, False):
+    raise ConfigError(f'do_sample={draws!r} must be True or False.')
+  # Who only asks for draws means those of an even temperature.
+  heat = _number('temperature', given.get('temperature', 1.0 if draws else 0.0), 0, whole=False)
+  top_k = int(_number('top_k', given.get('top_k', 0), 0))
+  top_p = _number('top_p', given.get('top_p', 1.0), 0, whole=False)
+  if draws is False or heat == 0:
+    return Sampling()
+  if top_p == 0:  # as few tokens as there can be
+    return Sampling(0.0, top_k, _LEAST_MASS)
+  return Sampling(float(heat), top_k, float(top_p))
 
 
 class Adapter:
@@ -53,9 +88,9 @@ class Adapter:
     del device, max_batch_size
     if (checkpoint is None) == (model is None):
       raise ConfigError('Give --model_args checkpoint=PATH: a run, a checkpoint, or a folder.')
-    rows = 16 if str(batch_size).startswith('auto') else int(batch_size)
+    rows = 16 if str(batch_size).startswith('auto') else int(_number('batch_size', batch_size, 1))
     self.model = model or self.open_model(checkpoint, batch_rows=rows, **options)
-    self._max_new_tokens = int(max_gen_toks)
+    self._max_new_tokens = int(_number('max_gen_toks', max_gen_toks, 1))
     self._chats = False
 
   # --- text
@@ -87,14 +122,18 @@ class Adapter:
     return list(vocabulary.encode(text))
 
   def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Tokens of both, split where the context's own tokens end.
+    """Tokens of both; see prompts.split.
 
-    Spaces at the end of a context belong to the first word of the continuation.
+    Raises:
+      ConfigError: the continuation has no tokens, and would be certain.
     """
-    bare = context.rstrip()
-    continuation, context = context[len(bare) :] + continuation, bare
-    whole, first = self._encode(context + continuation), self._encode(context)
-    return self._fitting(whole[: len(first)], len(whole) - len(first)), whole[len(first) :]
+    before, after = split(self._encode, context, continuation)
+    if not after:
+      raise ConfigError(
+        f'The continuation {continuation!r} of {context[-40:]!r} has no tokens and would be '
+        'certain; repair the task.'
+      )
+    return self._fitting(before, len(after)), after
 
   def _fitting(self, context: list[int], behind: int) -> list[int]:
     """A context that leaves room for so many tokens: the left of a longer one goes."""
@@ -107,6 +146,7 @@ class Adapter:
     """(log-probability, whether greedy decoding gives it) of continuations."""
     del disable_tqdm
     scores = self.model.score([self._pair(*request.args) for request in requests])
+    check_finite((s.log_prob for s in scores), self.model.name, 'a continuation')
     return self._noted('loglikelihood', requests, [(s.log_prob, s.is_greedy) for s in scores])
 
   def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
@@ -119,12 +159,13 @@ class Adapter:
     for i, request in enumerate(requests):
       ids, room, end = self._encode(request.args[0]), self.model.max_length - 1, 0
       while end < len(ids):
-        begin, end = end, min(len(ids), end + (room if end == 0 else room - 1))
+        begin, end = end, min(len(ids), end + (room if end == 0 else max(1, room - 1)))
         windows.append((ids[max(0, end - room) : begin], ids[begin:end]))
         owner.append(i)
     totals = [0.0] * len(requests)
     for i, score in zip(owner, self.model.score(windows), strict=True):
       totals[i] += score.log_prob
+    check_finite(totals, self.model.name, 'a text')
     return self._noted('loglikelihood_rolling', requests, totals)
 
   def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
@@ -139,23 +180,24 @@ class Adapter:
       prompts = [self._fitting(self._encode(requests[i].args[0]), new) for i in members]
       found = self.model.generate(prompts, new, stop=asked.stop, sampling=asked.sampling)
       for i, (generation,) in zip(members, found, strict=True):
+        check_finite(generation.log_probs, self.model.name, 'its text')
         texts[i] = generation.text
     return self._noted('generate_until', requests, texts)
 
   def _asked(self, options: Mapping[str, Any]) -> _Asked:
+    """What the options of a task or of --gen_kwargs come to, as the harness understands them.
+
+    Raises:
+      ConfigError: one is of another type, or out of its range.
+    """
     until = options.get('until') or ()
-    until = (until,) if isinstance(until, str) else tuple(until)
+    until = (until,) if isinstance(until, str) else until
+    if not isinstance(until, list | tuple) or not all(isinstance(text, str) for text in until):
+      raise ConfigError(f'until={until!r} must be a text or a list of texts.')
     stop = (*until, *(self.model.chat_template.stop if self._chats else ()))
-    draws = options.get('do_sample', float(options.get('temperature') or 0) > 0)
-    sampling = Sampling()
-    if draws:
-      sampling = Sampling(
-        float(options.get('temperature') or 1.0),
-        int(options.get('top_k') or 0),
-        float(options.get('top_p') or 1.0),
-      )
-    new = int(options.get('max_gen_toks') or options.get('max_tokens') or self._max_new_tokens)
-    return _Asked(tuple(dict.fromkeys(s for s in stop if s)), new, sampling)
+    new = next((options[n] for n in _LENGTHS if options.get(n) is not None), self._max_new_tokens)
+    new = _number(_LENGTHS[0], new, 1)
+    return _Asked(tuple(dict.fromkeys(s for s in stop if s)), int(new), _sampling(options))
 
   def _noted(self, kind: str, requests, results: list) -> list:
     """Lets the harness keep results as they come (--use_cache)."""

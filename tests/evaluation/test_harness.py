@@ -10,6 +10,7 @@ import pytest
 from openmoe.config import ConfigError
 from openmoe.evaluation.harness import Adapter, register
 from openmoe.inference import chat
+from openmoe.inference.decode import Sampling
 from openmoe.inference.model import Score
 from tests.inference import case
 
@@ -77,6 +78,65 @@ def test_generation_obeys_until_and_length(adapter):
   assert ask(max_gen_toks=6, do_sample=True, temperature=1.0) == ask(
     max_gen_toks=6, temperature=1.0
   )
+
+
+@pytest.mark.parametrize(
+  ('options', 'wanted'),
+  [
+    ({}, Sampling()),
+    ({'do_sample': True}, Sampling(1.0)),
+    ({'do_sample': True, 'temperature': 0}, Sampling()),
+    ({'do_sample': True, 'temperature': 0.0, 'top_p': 0.5}, Sampling()),
+    ({'do_sample': False, 'temperature': 0.7}, Sampling()),
+    ({'temperature': '0.7', 'top_k': 5, 'top_p': None}, Sampling(0.7, 5)),
+    ({'do_sample': True, 'temperature': 0.5, 'top_p': 0}, Sampling(0.0, 0, 1e-6)),
+  ],
+)
+def test_a_temperature_of_zero_is_greedy(adapter, options, wanted):
+  assert adapter._asked(options).sampling == wanted
+
+
+@pytest.mark.parametrize(
+  ('options', 'said'),
+  [
+    ({'temperature': 'hot'}, "temperature='hot' must be a number"),
+    ({'temperature': math.nan}, 'temperature=nan must be a number'),
+    ({'temperature': True}, 'temperature=True must be a number'),
+    ({'do_sample': 'yes'}, "do_sample='yes' must be True or False"),
+    ({'do_sample': True, 'top_p': 1.5}, r'top_p in \(0, 1\]'),
+    ({'do_sample': True, 'top_k': 2.5}, 'top_k=2.5 must be a whole number'),
+    ({'max_gen_toks': 0}, 'max_gen_toks=0 must be a whole number, 1 or more'),
+    ({'until': 3}, 'until=3 must be a text or a list of texts'),
+    ({'until': ['a', None]}, 'must be a text or a list of texts'),
+  ],
+)
+def test_options_of_other_types_are_refused(adapter, options, said):
+  with pytest.raises(ConfigError, match=said):
+    adapter._asked(options)
+
+
+def test_the_length_of_an_answer_has_several_names(adapter):
+  assert adapter._asked({}).max_new_tokens == 256
+  assert adapter._asked({'max_completion_tokens': 7}).max_new_tokens == 7
+  assert adapter._asked({'max_new_tokens': 5, 'max_tokens': 6}).max_new_tokens == 5
+
+
+def test_what_melts_into_its_context_is_not_certain(adapter, monkeypatch):
+  ids = lambda text: [40] * (len(text) // 2) + [50] * (len(text) % 2)  # two letters, one token
+  monkeypatch.setattr(adapter, '_encode', ids)
+  assert adapter._pair('a', 'b') == ([], [40])
+  assert adapter._pair('aab', 'b') == ([40], [40])
+  with pytest.raises(ConfigError, match="continuation '' of 'aa' has no tokens"):
+    adapter._pair('aa', '')
+
+
+def test_numbers_that_are_none_are_no_results(adapter, monkeypatch):
+  broken = lambda requests: [Score(math.nan, (), False) for _ in requests]
+  monkeypatch.setattr(adapter.model, 'score', broken)
+  ranked, whole = adapter.loglikelihood, adapter.loglikelihood_rolling
+  for ask, arguments in ((ranked, ('a', 'b')), (whole, ('a',))):
+    with pytest.raises(ConfigError, match='log-probability nan: its weights'):
+      ask([Request(arguments)])
 
 
 def test_chat_templates_give_text():
