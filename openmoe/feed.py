@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from openmoe.config import ConfigError, DataConfig
 from openmoe.data.stages import StagedStream
-from openmoe.data.stream import evaluation_batches
+from openmoe.data.stream import evaluation_batches, padding_batch
 from openmoe.partitioning import batch_sharding
 from openmoe.programme import Programme
 from openmoe.types import Array, Batch
@@ -97,6 +97,10 @@ class Feed:
     config = self._stream.data
     return place(self._mesh, config, self._shards(config), self.last)
 
+  def ready(self, seconds: float) -> bool:
+    """Whether the next batch is there, waited for so long at most; see ShardedStream.ready."""
+    return self._stream.ready(seconds)
+
   def state(self) -> dict[str, bytes]:
     """Stream positions that this process saves, by shard."""
     shards, entries = self._shards(self._stream.data), self._stream.state()
@@ -111,15 +115,21 @@ class Feed:
 
 
 def evaluation_feed(mesh: jax.sharding.Mesh, config: DataConfig, num_batches: int) -> list[Batch]:
-  """The same global batches every time, on the mesh.
+  """The same global batches every time, on the mesh: as many as the split holds, on any hosts.
 
-  One process alone gives what the split holds; several give num_batches, padded where it ends.
+  Raises:
+    ConfigError: the split gives no batch at all.
   """
   owners, me = shard_owners(mesh, config), jax.process_index()
   mine = [shard for shard, processes in owners.items() if me in processes]
-  shards = None if jax.process_count() == 1 else mine
-  batches = evaluation_batches(config, num_batches, shards)
-  return [place(mesh, config, mine, batch) for batch in batches]
+  local = list(evaluation_batches(config, num_batches, mine))
+  count = int(np.max(multihost_utils.process_allgather(np.array(len(local)))))
+  if num_batches and not count:
+    raise ConfigError(
+      f'Split {config.split!r} of {config.mixture_or_task_name} gave no batch; give it more data.'
+    )
+  local += [padding_batch(config, len(mine))] * (count - len(local))
+  return [place(mesh, config, mine, batch) for batch in local]
 
 
 def place(mesh: jax.sharding.Mesh, config: DataConfig, shards: list[int], local: Batch) -> Batch:

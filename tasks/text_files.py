@@ -1,4 +1,4 @@
-"""Pretraining tasks over a user's own .txt and .jsonl files, bound from gin.
+"""Pretraining tasks over a user's own .txt, .jsonl, .csv and .parquet files, bound from gin.
 
   --gin_file=gin/mixtures/text_files.gin --gin.TEXT_FILES="'/path/*.jsonl'"
 
@@ -25,12 +25,12 @@ class UserFiles:
   """One corpus of the user's own.
 
   Attributes:
-    files: glob pattern or patterns; .txt, .jsonl, either with .gz.
+    files: glob pattern or patterns; .txt, .jsonl, .csv (each also .gz, .zst), .parquet.
     name: of the corpus; its tasks are <name>_ul2, <name>_ul2_noprefix, <name>_full_lm.
     vocabulary: SentencePiece model; None takes the demo's.
     extra_ids: sentinels to add to that model.
-    text_field: key of the text in .jsonl objects.
-    held_out_every: every so many-th document is the validation split.
+    text_field: key of the text in .jsonl objects, column of .csv and .parquet.
+    held_out_every: every so many-th document is the validation split; 0 for none.
     bad_record: 'skip' counts records without text, 'refuse' stops at the first.
   """
 

@@ -7,6 +7,7 @@ another one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 
@@ -15,8 +16,10 @@ import seqio
 import tensorflow as tf
 
 from openmoe.config import ConfigError
+from openmoe.data import files, seqio_private
 
 _FINGERPRINT = 'vocabulary.json'
+_MOST_BYTES = 1 << 24  # of a file of facts
 
 
 def cache_folder(task: seqio.Task, cache_dir: str) -> str:
@@ -48,19 +51,56 @@ def check_cached(task: seqio.Task, num_shards: int, split: str) -> None:
     )
   path = os.path.join(task.cache_dir, _FINGERPRINT)
   if tf.io.gfile.exists(path):
-    with tf.io.gfile.GFile(path) as f:
-      found = json.loads(f.read())['fingerprint']
+    found = _read_facts(path, 'fingerprint', str)
     if found != _fingerprint(task):
       raise ConfigError(
         f'{task.cache_dir} was tokenised with another vocabulary ({found}, not '
         f'{_fingerprint(task)}): use that vocabulary, or cache the task again.'
       )
-  files = task._get_cached_source(split).list_shards(split)
-  if len(files) < num_shards:
+  # seqio reads both, and ends in a traceback where one is not there.
+  _read_facts(seqio.get_cached_info_path(task.cache_dir, split), 'num_shards', int)
+  _read_facts(seqio.get_cached_stats_path(task.cache_dir, split), 'examples', int)
+  count = len(seqio_private.cached_source(task, split).list_shards(split))
+  if count < num_shards:
     raise ConfigError(
-      f'{task.name} is cached in {len(files)} files of split {split!r}, fewer than num_shards='
+      f'{task.name} is cached in {count} files of split {split!r}, fewer than num_shards='
       f'{num_shards}: cache it again with --min_shards={num_shards} or more.'
     )
+
+
+def counted_tokens(task: seqio.Task, split: str) -> float | None:
+  """Target tokens of a cached split as its statistics say, None where they do not."""
+  path = seqio.get_cached_stats_path(task.cache_dir, split)
+  if not tf.io.gfile.exists(path):
+    return None
+  return _facts(path).get('targets_tokens')
+
+
+def _facts(path: str) -> dict:
+  """A file of facts in a cache directory, which another program may have written.
+
+  Raises:
+    ConfigError: it is absent, or no JSON object.
+  """
+  facts = files.read_json(path, _MOST_BYTES)
+  if not isinstance(facts, dict):
+    raise ConfigError(f'{path} holds no JSON object; cache the task again.')
+  return facts
+
+
+def _read_facts(path: str, name: str, kind: type):
+  """One fact.
+
+  Raises:
+    ConfigError: as _facts, or it is missing or of another type.
+  """
+  value = _facts(path).get(name)
+  if not isinstance(value, kind):
+    raise ConfigError(
+      f'{path} has {name}={value!r}, not {kind.__name__}: the cache lost a part or was made by '
+      'another program; cache the task again.'
+    )
+  return value
 
 
 def write_cache(task: seqio.Task, cache_dir: str, num_shards: int, seed: int = 0) -> dict[str, int]:
@@ -80,8 +120,7 @@ def write_cache(task: seqio.Task, cache_dir: str, num_shards: int, seed: int = 0
   folder = cache_folder(task, cache_dir)
   done = os.path.join(folder, 'COMPLETED')
   if tf.io.gfile.exists(done):
-    with tf.io.gfile.GFile(done) as f:
-      return json.loads(f.read())
+    return _counts(task, folder, done)
   tf.io.gfile.makedirs(folder)
   counts = {}
   for split in task.splits:
@@ -95,19 +134,28 @@ def write_cache(task: seqio.Task, cache_dir: str, num_shards: int, seed: int = 0
   return counts
 
 
+def _counts(task: seqio.Task, folder: str, done: str) -> dict[str, int]:
+  """Examples by split of a complete cache; seqio's own tool leaves COMPLETED without them."""
+  content = files.read_bytes(done, _MOST_BYTES)
+  if content.strip():
+    return files.parse_json(content, done)
+  stats = (seqio.get_cached_stats_path(folder, split) for split in task.splits)
+  return {s: _read_facts(path, 'examples', int) for s, path in zip(task.splits, stats, strict=True)}
+
+
 def _write_split(dataset: tf.data.Dataset, folder: str, split: str, num_shards: int) -> int:
   prefix = seqio.get_cached_tfrecord_prefix(folder, split)
-  writers = [
-    tf.io.TFRecordWriter(f'{prefix}-{i:05d}-of-{num_shards:05d}') for i in range(num_shards)
-  ]
   examples, tokens, longest = 0, 0, 0
-  for example in dataset.as_numpy_iterator():
-    writers[examples % num_shards].write(seqio.dict_to_tfexample(example).SerializeToString())
-    examples += 1
-    size = int(np.size(example['targets']))
-    tokens, longest = tokens + size, max(longest, size)
-  for writer in writers:
-    writer.close()
+  with contextlib.ExitStack() as stack:
+    writers = [
+      stack.enter_context(tf.io.TFRecordWriter(f'{prefix}-{i:05d}-of-{num_shards:05d}'))
+      for i in range(num_shards)
+    ]
+    for example in dataset.as_numpy_iterator():
+      writers[examples % num_shards].write(seqio.dict_to_tfexample(example).SerializeToString())
+      examples += 1
+      size = int(np.size(example['targets']))
+      tokens, longest = tokens + size, max(longest, size)
   features = {
     name: {'shape': spec.shape.as_list(), 'dtype': spec.dtype.name}
     for name, spec in dataset.element_spec.items()

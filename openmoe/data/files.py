@@ -48,6 +48,12 @@ def _open(path: Path) -> BinaryIO:
   return file if paths.is_remote(path) else io.BufferedReader(file)
 
 
+def check_regular(path: Path) -> None:
+  """Raises ConfigError unless a local path is a file that opens; remote ones are not looked at."""
+  if not paths.is_remote(path):
+    _open(path).close()
+
+
 def _reason(error: BaseException) -> str:
   return getattr(error, 'strerror', None) or str(error) or type(error).__name__
 
@@ -120,6 +126,17 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
   return content
 
 
+def without_bom(content: bytes) -> bytes:
+  """The bytes of a UTF-8 text without the byte order mark that some editors put before it."""
+  return content.removeprefix(_BOM)
+
+
+def refuse_utf16(content: bytes, where: str) -> None:
+  """Raises DamagedFile where the beginning of a file is UTF-16's byte order mark."""
+  if content.startswith(_UTF16):
+    raise DamagedFile(f'{where} is UTF-16; save it as UTF-8.')
+
+
 def decode(content: bytes, where: str) -> str:
   """UTF-8 text without a byte order mark.
 
@@ -130,10 +147,9 @@ def decode(content: bytes, where: str) -> str:
   Raises:
     DamagedFile: it is not UTF-8; naming the byte.
   """
-  if content.startswith(_UTF16):
-    raise DamagedFile(f'{where} is UTF-16; save it as UTF-8.')
+  refuse_utf16(content, where)
   try:
-    return content.removeprefix(_BOM).decode('utf-8')
+    return without_bom(content).decode('utf-8')
   except UnicodeDecodeError as error:
     raise DamagedFile(
       f'{where} is not UTF-8 (byte {error.start + 1} is 0x{content[error.start]:02x}); '
@@ -165,8 +181,36 @@ def lines(path: Path, longest: int = LONGEST_LINE) -> Iterator[tuple[int, bytes]
       number += 1
       if len(line) > longest:
         raise DamagedFile(f'{path}:{number}: a line of more than {longest:,} bytes; split it.')
-      line = line.removeprefix(_BOM) if number == 1 else line
+      line = without_bom(line) if number == 1 else line
       yield number, line.removesuffix(b'\n').removesuffix(b'\r')
+
+
+class JsonError(ValueError):
+  """A text is no JSON, or such that reading it would not end well; the message says why.
+
+  Attributes:
+    position: ' at line 3 column 7', or '' where it is not known.
+  """
+
+  position = ''
+
+
+def loads(text: str) -> Any:
+  """json.loads with one error for everything that can be wrong.
+
+  Raises:
+    JsonError: see there.
+  """
+  try:
+    return json.loads(text)
+  except json.JSONDecodeError as error:
+    found = JsonError(error.msg)
+    found.position = f' at line {error.lineno} column {error.colno}'
+    raise found from None
+  except RecursionError:
+    raise JsonError('nested too deeply') from None
+  except ValueError:  # int() takes no number of more than 4300 digits
+    raise JsonError('a number that is too long') from None
 
 
 def parse_json(content: bytes | str, where: str) -> Any:
@@ -181,14 +225,11 @@ def parse_json(content: bytes | str, where: str) -> Any:
   """
   text = decode(content, where) if isinstance(content, bytes) else content
   try:
-    return json.loads(text)
-  except json.JSONDecodeError as error:
-    said = f'is no JSON ({error}); it may be cut off: copy it again'
-  except RecursionError:
-    said = 'is JSON that is nested too deeply; remove or repair it'
-  except ValueError as error:  # int() takes no number of more than 4300 digits
-    said = f'holds a number that is too long ({error}); remove or repair it'
-  raise DamagedFile(f'{where} {said}.')
+    return loads(text)
+  except JsonError as error:
+    raise DamagedFile(
+      f'{where} is no JSON that can be read: {error}{error.position}. Copy or repair it.'
+    ) from error
 
 
 def read_json(path: Path, most: int = MOST_BYTES) -> Any:

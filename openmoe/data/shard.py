@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import difflib
 import hashlib
 import io
 import json
+import math
 import os
+import re
 import tempfile
 import weakref
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -22,9 +27,10 @@ import seqio
 import tensorflow as tf
 
 from openmoe.config import ConfigError, DataConfig
-from openmoe.data import cache, features
+from openmoe.data import cache, features, files
 from openmoe.data.concat import plain
 from openmoe.data.features import Example, Row
+from openmoe.data.sources import TextFiles
 
 # Examples handed from TensorFlow to Python at once.
 _GROUP = 16
@@ -55,17 +61,32 @@ def find_provider(name: str) -> seqio.Task | seqio.Mixture:
   """
   known = list(seqio.MixtureRegistry.names()) + list(seqio.TaskRegistry.names())
   if name not in known:
-    near = seqio.dataset_providers._get_closest_names(known, name)[:3] if known else []
+    near = difflib.get_close_matches(name, known, 3)
     hint = f' Nearest: {", ".join(near)}.' if near else ' None is registered: import its module.'
     raise ConfigError(f'mixture_or_task_name={name!r} is not registered.{hint}')
   return seqio.get_mixture_or_task(name)
 
 
 def rates(provider: seqio.Task | seqio.Mixture) -> dict[str, float]:
-  """Rate of each task of a mixture; 1 for a task by itself."""
+  """Rate of each task of a mixture; 1 for a task by itself.
+
+  Raises:
+    ConfigError: a rate is negative or no number, or all are zero.
+  """
   if isinstance(provider, seqio.Task):
     return {provider.name: 1.0}
-  return {task.name: float(provider.get_rate(task)) for task in provider.tasks}
+  found = {task.name: float(provider.get_rate(task)) for task in provider.tasks}
+  for task, rate in found.items():
+    if not 0 <= rate < math.inf:
+      raise ConfigError(
+        f'Mixture {provider.name}: the rate of {task} is {rate}; a rate is a finite number of 0 or '
+        'more.'
+      )
+  if not any(found.values()):
+    raise ConfigError(
+      f'Mixture {provider.name}: all rates are 0 ({", ".join(found)}); give a task one above 0.'
+    )
+  return found
 
 
 def signature(config: DataConfig) -> dict[str, object]:
@@ -79,11 +100,13 @@ def signature(config: DataConfig) -> dict[str, object]:
 
 def saved_config(position: bytes, tokens_per_step: int) -> DataConfig:
   """What a saved position of a shard was made with, but for the batch size, which is no part."""
-  with np.load(io.BytesIO(position), allow_pickle=False) as loaded:
-    fields = json.loads(str(loaded['header']))['signature']
-  del fields['rates']
-  batch_size = tokens_per_step // sum(fields['task_feature_lengths'].values())
-  return DataConfig(batch_size=batch_size, **fields)
+  fields = _read_position(position, 'The saved data position')[1]['signature']
+  try:
+    fields = {key: value for key, value in fields.items() if key != 'rates'}
+    batch_size = tokens_per_step // sum(fields['task_feature_lengths'].values())
+    return DataConfig(batch_size=batch_size, **fields)
+  except (TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    raise ConfigError(f'The saved data position does not describe its data ({error!r}).') from error
 
 
 def _use_for_data_only() -> None:
@@ -139,6 +162,7 @@ class Shard:
         f'{config.mixture_or_task_name} has no split {config.split!r}, only '
         f'{sorted(self._provider.splits)}.'
       )
+    rates(self._provider)  # seqio would divide by their sum, or never read a task
     self._check_sharing()
     arguments = {
       'sequence_length': dict(config.task_feature_lengths),
@@ -173,12 +197,14 @@ class Shard:
     for task in self._tasks:
       if config.use_cached:
         cache.check_cached(task, config.num_shards, config.split)
+      elif isinstance(task.source, TextFiles):
+        task.source.check_shards(config.split, config.num_shards)
       elif config.shuffle and not task.source.supports_arbitrary_sharding:
         # seqio would deal the examples of a stream that every shard shuffles differently.
-        files = len(task.source.list_shards(config.split))
-        if files < config.num_shards:
+        count = len(task.source.list_shards(config.split))
+        if count < config.num_shards:
           raise ConfigError(
-            f'{task.name} has {files} files of split {config.split!r}, fewer than num_shards='
+            f'{task.name} has {count} files of split {config.split!r}, fewer than num_shards='
             f'{config.num_shards}: lower num_shards, or use openmoe.data.tfds_source.'
           )
 
@@ -204,7 +230,7 @@ class Shard:
       self._ended = True
       return
     except tf.errors.OpError as error:
-      raise ConfigError(f'{self.name} cannot read its data: {error.message}') from error
+      raise ConfigError(f'{self.name} cannot read its data: {_said(error)}') from error
     sides = {key: self._checked(group[key]) for key in self._config.task_feature_lengths}
     if 'inputs' not in sides:
       sides['inputs'] = [np.zeros(0, np.int32)] * len(sides['targets'])
@@ -278,8 +304,7 @@ class Shard:
       'ended': self._ended,
     }
     arrays = features.pack_examples(examples)
-    files = _save_iterator(self._held[0])
-    for name, content in files.items():
+    for name, content in _save_iterator(self._held[0]).items():
       arrays[f'file:{name}'] = np.frombuffer(content, np.uint8)
     arrays['header'] = np.array(json.dumps(header, sort_keys=True))
     out = io.BytesIO()
@@ -292,9 +317,7 @@ class Shard:
     Raises:
       ConfigError: if the state belongs to another mixture, seed, length or sharding.
     """
-    with np.load(io.BytesIO(state), allow_pickle=False) as loaded:
-      arrays = dict(loaded)
-    header = json.loads(str(arrays['header']))
+    arrays, header = _read_position(state, self.name)
     mine = json.loads(json.dumps(signature(self._config)))
     differing = {k: (header['signature'].get(k), v) for k, v in mine.items()
                  if header['signature'].get(k) != v}  # fmt: skip
@@ -306,13 +329,24 @@ class Shard:
         f'The saved data position of {self.name} is of another data stream ({told}). Use the '
         'settings it was saved with, or start a new run directory.'
       )
-    files = {k[5:]: v.tobytes() for k, v in arrays.items() if k.startswith('file:')}
-    _load_iterator(self._held[0], files)
-    examples = iter(features.unpack_examples(arrays))
-    self._rows = collections.deque(_take_rows(examples, header['row_sizes']))
-    self._packer.reopen(_take_rows(examples, header['open_sizes']))
+    contents = {k[5:]: v.tobytes() for k, v in arrays.items() if k.startswith('file:')}
+    _load_iterator(self._held[0], contents, self.name)
+    try:
+      examples = iter(features.unpack_examples(arrays))
+      self._rows = collections.deque(_take_rows(examples, header['row_sizes']))
+      self._packer.reopen(_take_rows(examples, header['open_sizes']))
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+      raise ConfigError(
+        f'The saved data position of {self.name} is damaged ({error!r}).'
+      ) from error
     self._examples = collections.deque(examples)
     self._ended = header['ended']
+
+
+def _said(error: tf.errors.OpError) -> str:
+  """What a reader of ours said; TensorFlow puts a page of its graph and a traceback around it."""
+  ours = re.search(r'(?:\w*Error|DamagedFile): (.+?)\nTraceback', error.message, re.DOTALL)
+  return ours[1].strip() if ours else error.message
 
 
 def _take_rows(examples: Iterator[Example], sizes: Sequence[int]) -> list[Row]:
@@ -323,17 +357,62 @@ def _save_iterator(iterator) -> dict[str, bytes]:
   """The files of tf.train.Checkpoint(iterator), by name."""
   with tempfile.TemporaryDirectory(prefix='openmoe-data-') as folder:
     tf.train.Checkpoint(iterator=iterator).write(os.path.join(folder, 'position'))
-    files = {}
+    contents = {}
     for name in sorted(os.listdir(folder)):
       with open(os.path.join(folder, name), 'rb') as f:
-        files[name] = f.read()
-    return files
+        contents[name] = f.read()
+    return contents
 
 
-def _load_iterator(iterator, files: dict[str, bytes]) -> None:
+# The names that tf.train.Checkpoint gives its files. A position that somebody sent may hold others.
+_ITERATOR_FILE = re.compile(r'position\.(index|data-\d{5}-of-\d{5})')
+_MOST_BYTES = 1 << 31  # of a position; real ones have a few MB
+_HEADER = {'signature': dict, 'shard': int, 'row_sizes': list, 'open_sizes': list, 'ended': bool}
+
+
+def _read_position(state: bytes, name: str) -> tuple[dict[str, np.ndarray], dict]:
+  """(arrays, header) of a saved position, which may come from anybody.
+
+  Raises:
+    ConfigError: it is damaged, or names files other than an iterator's.
+  """
+  try:
+    with zipfile.ZipFile(io.BytesIO(state)) as archive:
+      size = sum(entry.file_size for entry in archive.infolist())
+    if size > _MOST_BYTES:
+      raise ValueError(f'it unpacks to {size:,} bytes')
+    with np.load(io.BytesIO(state), allow_pickle=False) as loaded:
+      arrays = dict(loaded)
+    header = files.loads(str(arrays['header']))
+  except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+    raise ConfigError(f'The saved data position of {name} is damaged ({e}).') from e
+  wrong = [
+    key
+    for key in arrays
+    if key.startswith('file:') and not _ITERATOR_FILE.fullmatch(key.removeprefix('file:'))
+  ]
+  if wrong:
+    raise ConfigError(
+      f'The saved data position of {name} holds a file named {wrong[0][5:]!r}; only files of a '
+      'TensorFlow iterator (position.index, position.data-...) belong there. Nothing was written.'
+    )
+  for key, kind in _HEADER.items():
+    if not isinstance(header, dict) or not isinstance(header.get(key), kind):
+      raise ConfigError(f'The saved data position of {name} is damaged: no {key} in its header.')
+  return arrays, header
+
+
+def _load_iterator(iterator, contents: dict[str, bytes], name: str) -> None:
   with tempfile.TemporaryDirectory(prefix='openmoe-data-') as folder:
-    for name, content in files.items():
-      with open(os.path.join(folder, name), 'wb') as f:
+    for file, content in contents.items():
+      with open(os.path.join(folder, file), 'wb') as f:
         f.write(content)
     checkpoint = tf.train.Checkpoint(iterator=iterator)
-    checkpoint.read(os.path.join(folder, 'position')).assert_consumed()
+    try:
+      checkpoint.read(os.path.join(folder, 'position')).assert_consumed()
+    except (AssertionError, tf.errors.OpError, ValueError) as error:
+      raise ConfigError(
+        f'The saved data position of {name} does not fit this data pipeline (another version of '
+        'the code or of TensorFlow made it, or it is damaged). Continue with that version, or set '
+        'ALLOW_DATA_CHANGE=True to begin the data anew.'
+      ) from error

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 import seqio
 
 from openmoe.config import ConfigError, DataConfig
-from openmoe.data import features, shard
-from openmoe.data.stream import ShardedStream
+from openmoe.data import cache, files, shard
+from openmoe.data.stream import ShardedStream, padding_batch
 from openmoe.programme import Programme
 from openmoe.types import Batch
 
@@ -53,7 +53,7 @@ class StagedStream:
 
   @property
   def data(self) -> DataConfig:
-    """Of the newest batch; before the first, of the first."""
+    """What the newest batch was read from; before the first, what the first will be."""
     return self._programme.stages[self._programme.at(max(self._step - 1, 0))[0]].data
 
   def _open(self, index: int) -> None:
@@ -83,9 +83,8 @@ class StagedStream:
   def pad(self) -> Batch:
     """Padding in place of the next batch: our shards ended, and another host's have not."""
     data = self._programme.stages[self._programme.at(self._step)[0]].data
-    rows = data.batch_size // data.num_shards * len(self._shard_ids(data))
     self._step += 1
-    return features.batch_rows([()] * rows, data.task_feature_lengths)
+    return padding_batch(data, len(self._shard_ids(data)))
 
   def state(self) -> dict[str, bytes]:
     """One entry a shard: the stage's name, the step after the last batch, and the position.
@@ -129,8 +128,7 @@ class StagedStream:
     first = min(entries, default=None)
     if first is None:
       raise ConfigError('The saved data position is empty.')
-    header = json.loads(entries[first].split(b'\n', 1)[0])
-    self._step, saved = header['step'], header['stages']
+    self._step, saved, _ = _parts(first, entries[first])
     last = len(saved) - 1
     if not self._agrees(saved, self._step):
       now = self._signature(len(self._programme.stages) - 1)
@@ -149,11 +147,19 @@ class StagedStream:
       prefix = f'{self._programme.stages[last].name}-'
       self._stream.restore(
         {
-          name.removeprefix(prefix): entries[name].split(b'\n', 1)[1]
+          name.removeprefix(prefix): _parts(name, entries[name])[2]
           for name in entries
           if name.startswith(prefix)
         }
       )
+
+  def ready(self, seconds: float) -> bool:
+    """See ShardedStream.ready; True as well where the next batch opens a stage or ends the run."""
+    if self._step >= self._programme.total_steps:
+      return True
+    if self._programme.at(self._step)[0] != self._stage:
+      return True
+    return self._stream.ready(seconds)
 
   def close(self) -> None:
     """Stops reading; may be called twice."""
@@ -174,17 +180,36 @@ def saved_stream(entries: Mapping[str, bytes]) -> tuple[int, DataConfig, dict[st
   """
   if not entries:
     raise ConfigError('The saved data position is empty.')
-  parts = {name: entries[name].split(b'\n', 1) for name in sorted(entries)}
-  first, position = next(iter(parts.values()))
-  header = json.loads(first)
-  name, _, each = header['stages'][-1]
-  if header['step'] == sum(tokens // rate for _, tokens, rate in header['stages']):
+  parts = {name: _parts(name, entries[name]) for name in sorted(entries)}
+  step, stages, position = next(iter(parts.values()))
+  name, _, each = stages[-1]
+  if step == sum(tokens // rate for _, tokens, rate in stages):
     raise ConfigError(
-      f'The saved data position is at the end of stage {name!r}, after step {header["step"]}, and '
+      f'The saved data position is at the end of stage {name!r}, after step {step}, and '
       f'does not say what follows: choose an earlier step, or a later checkpoint.'
     )
   data = shard.saved_config(position, each)
-  return header['step'], data, {k.removeprefix(f'{name}-'): v[1] for k, v in parts.items()}
+  return step, data, {k.removeprefix(f'{name}-'): v[2] for k, v in parts.items()}
+
+
+def _parts(name: str, entry: bytes) -> tuple[int, list[list], bytes]:
+  """(step, [stage name, tokens, tokens a step] of every stage, position) of a saved entry.
+
+  Raises:
+    ConfigError: it is damaged.
+  """
+  head, _, position = entry.partition(b'\n')
+  try:
+    header = files.loads(head.decode('utf-8'))
+    step, stages = header['step'], header['stages']
+    whole = isinstance(step, int) and isinstance(stages, list) and bool(stages)
+    for stage, tokens, each in stages:
+      whole = whole and isinstance(stage, str) and isinstance(tokens, int) and int(each) > 0
+  except (ValueError, KeyError, TypeError) as error:
+    raise ConfigError(f'The saved data position {name!r} is damaged ({error!r}).') from error
+  if not whole:
+    raise ConfigError(f'The saved data position {name!r} is damaged: {head[:80]!r} is no header.')
+  return step, stages, position
 
 
 def plan_table(
@@ -225,7 +250,7 @@ def plan_table(
 def _tokens_of_task(name: str, split: str) -> float | None:
   task = seqio.TaskRegistry.get(name)
   if task.supports_caching and task.cache_dir:
-    return task.get_cached_stats(split).get('targets_tokens')
+    return cache.counted_tokens(task, split)
   return getattr(task.source, 'tokens', None) if split == 'train' else None
 
 

@@ -19,6 +19,8 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 
+from absl import logging
+
 from openmoe.config import ConfigError, DataConfig
 from openmoe.data import features
 from openmoe.data.features import Row
@@ -27,6 +29,8 @@ from openmoe.types import Batch
 
 # Batches read ahead.
 _AHEAD = 4
+# Seconds that closing waits for a read that is under way. A mount that hangs may never answer.
+_PATIENCE = 10.0
 
 
 def host_shards(num_shards: int, process_index: int, process_count: int) -> range:
@@ -51,6 +55,14 @@ def _check_shards(config: DataConfig, shard_ids: Sequence[int]) -> list[int]:
       f'shard_ids={ids} must be increasing numbers in 0..{config.num_shards - 1} (num_shards).'
     )
   return ids
+
+
+# Mixtures whose reading thread could not be ended in this process.
+abandoned: list[str] = []
+
+
+class StuckDataError(RuntimeError):
+  """Data do not come; the message names the mixture."""
 
 
 class ShardedStream:
@@ -101,7 +113,14 @@ class ShardedStream:
 
   def _read_batch(self) -> list[list[Row]] | None:
     """Rows of one batch by shard, or None when the data has ended for all of them."""
-    rows = [[s.next_row() for _ in range(self._rows_each)] for s in self._shards]
+    rows = []
+    for reader in self._shards:
+      of_shard = []
+      for _ in range(self._rows_each):
+        if self._closed:
+          return None  # nobody takes it; a batch of many shards may be long in coming
+        of_shard.append(reader.next_row())
+      rows.append(of_shard)
     if all(row is None for of_shard in rows for row in of_shard):
       return None
     # A shard that ended before the others pads with empty rows, which carry no loss.
@@ -139,7 +158,9 @@ class ShardedStream:
     """
     self._start()
     with self._changed:
-      self._changed.wait_for(lambda: self._ready or self._error is not None)
+      # In pieces, so that a second Ctrl-C gets through.
+      while not self._changed.wait_for(self._has_answer, timeout=1.0):
+        continue
       if not self._ready:
         if isinstance(self._error, StopIteration):
           raise StopIteration
@@ -149,15 +170,36 @@ class ShardedStream:
     self.last_rows = [row for of_shard in rows for row in of_shard]
     return features.batch_rows(self.last_rows, self._config.task_feature_lengths)
 
-  def state(self) -> dict[str, bytes]:
+  def _has_answer(self) -> bool:
+    return bool(self._ready) or self._error is not None
+
+  def ready(self, seconds: float) -> bool:
+    """Whether next() would answer at once, waiting for that so long at most.
+
+    A run looks here between the signals it has to notice: data may be stuck for ever.
+    """
+    self._start()
+    with self._changed:
+      return self._changed.wait_for(self._has_answer, timeout=seconds)
+
+  def state(self, seconds: float = 60.0) -> dict[str, bytes]:
     """The position after the last batch yielded: one opaque entry per owned shard.
 
+    Args:
+      seconds: how long to wait for a read that is under way.
+
     Raises:
+      StuckDataError: it did not end; there is no position in the middle of it.
       whatever stopped the reading thread.
     """
     if self._closed:
       raise RuntimeError('The stream is closed.')
-    with self._working:
+    if not self._working.acquire(timeout=seconds):
+      raise StuckDataError(
+        f'Data of {self._config.mixture_or_task_name} have not come for {seconds:.0f} s, so their '
+        'position cannot be saved: look at the disk or mount that holds them.'
+      )
+    try:
       if self._error is not None and not isinstance(self._error, StopIteration):
         raise self._error
       entries = {}
@@ -165,6 +207,8 @@ class ShardedStream:
         pending = [row for rows in self._ready for row in rows[index]]
         entries[shard.name] = shard.state(pending)
       return entries
+    finally:
+      self._working.release()
 
   def restore(self, entries: Mapping[str, bytes]) -> None:
     """Continues where state() was taken; entries may come from several hosts' states.
@@ -185,16 +229,24 @@ class ShardedStream:
       shard.restore(entries[shard.name])
 
   def close(self) -> None:
-    """Stops the reading thread; may be called twice."""
+    """Stops the reading thread; may be called twice.
+
+    A read that does not end is left behind with its thread, and counts in `abandoned`: Python
+    cannot end it, so the process must leave by os._exit.
+    """
     with self._changed:
       self._closed = True
       self._changed.notify_all()
+    atexit.unregister(self._at_exit)
     if self._thread is not None:
-      self._thread.join()
+      self._thread.join(_PATIENCE)
+      if self._thread.is_alive():
+        abandoned.append(self._config.mixture_or_task_name)
+        logging.warning('A read of %s does not end; it is left behind.', abandoned[-1])
+        return
       self._thread = None
     for shard in self._shards:
       shard.close()
-    atexit.unregister(self._at_exit)
 
 
 def _close(stream: weakref.ref[ShardedStream]) -> None:
@@ -212,8 +264,8 @@ def evaluation_batches(
     config: shuffle should be off; num_epochs None is read as 1.
     num_batches: at most so many; a split that ends early gives fewer, the last padded with empty
       rows.
-    shard_ids: shards of this host; None is all. With several hosts no one knows where the others'
-      shards end, so with shard_ids there are always num_batches, padding where need be.
+    shard_ids: shards of this host; None is all. Its shards may end before another host's: see
+      padding_batch().
 
   Raises:
     ConfigError: if the split gives no batch at all, or as ShardedStream.
@@ -225,11 +277,13 @@ def evaluation_batches(
     for batch in itertools.islice(stream, num_batches):
       found += 1
       yield batch
-  if num_batches and not found:
+  if num_batches and not found and shard_ids is None:
     raise ConfigError(
       f'Split {config.split!r} of {config.mixture_or_task_name} gave no batch; give it more data.'
     )
-  if shard_ids is not None:
-    rows = [()] * (config.batch_size // config.num_shards * len(ids))
-    for _ in range(num_batches - found):
-      yield features.batch_rows(rows, config.task_feature_lengths)
+
+
+def padding_batch(config: DataConfig, num_shards: int) -> Batch:
+  """What a host whose shards have ended gives while another's go on: rows without loss."""
+  rows = [()] * (config.batch_size // config.num_shards * num_shards)
+  return features.batch_rows(rows, config.task_feature_lengths)

@@ -91,8 +91,8 @@ class TfdsDocuments(seqio.TfdsDataSource):
       raise ConfigError(
         f'{self.tfds_dataset.name} has no split {wanted!r}, only {sorted(builder.info.splits)}.'
       )
+    count = self._count(builder, wanted)
     if shard_info and shard_info.num_shards > 1:
-      count = builder.info.splits[wanted].num_examples
       if count < shard_info.num_shards:
         raise ConfigError(
           f'{self.tfds_dataset.name} has {count} examples in {wanted!r}, fewer than num_shards='
@@ -104,6 +104,24 @@ class TfdsDocuments(seqio.TfdsDataSource):
     )
     dataset = builder.as_dataset(split=wanted, shuffle_files=shuffle, read_config=config)
     return dataset.map(plain(_with_document_id))
+
+  def _count(self, builder: tfds.core.DatasetBuilder, wanted: str) -> int:
+    """Examples of a split or slice.
+
+    Raises:
+      ConfigError: the slice holds out more than there is.
+    """
+    whole = builder.info.splits[wanted.split('[')[0]].num_examples
+    try:
+      count = builder.info.splits[wanted].num_examples
+    except ValueError:
+      count = 0
+    if not count:
+      raise ConfigError(
+        f'{self.tfds_dataset.name} has {whole} examples, and {wanted!r} leaves none of them: as '
+        'many as the slice says are held out. Build the data set from more of the raw files.'
+      )
+    return count
 
 
 def _with_document_id(example):

@@ -11,12 +11,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 
 import sentencepiece
-import seqio
 import tensorflow as tf
+from google.protobuf import message as protobuf
 from sentencepiece import sentencepiece_model_pb2
 
 from openmoe.checkpoint.paths import write_whole
 from openmoe.config import ConfigError
+from openmoe.data import files, seqio_private
 
 # umT5's 256000 pieces and 300 sentinels, as in every released run.
 UMT5_EXTRA_IDS = 300
@@ -35,7 +36,7 @@ _MODEL_NAMES = (
 _QUIET_RULE = 'FFFE\tFFFF\n'
 
 
-class Vocabulary(seqio.SentencePieceVocabulary):
+class Vocabulary(seqio_private.LazySentencePieceVocabulary):
   """A seqio SentencePiece vocabulary whose file is looked up when it is first used.
 
   Tasks are registered at import, when nobody has said yet where the data lies; so the path may be
@@ -61,18 +62,23 @@ class Vocabulary(seqio.SentencePieceVocabulary):
     """
     return find_model(self._path() if callable(self._path) else self._path)
 
-  def _model_context(self):
-    if not self._model:
-      self._sentencepiece_model_file = self.sentencepiece_model_file
-      super()._model_context()
-      pieces = self._model.tokenizer
-      found = (pieces.pad_id(), pieces.eos_id(), pieces.unk_id())
-      if found != (0, 1, 2):
-        raise ConfigError(
-          f'{self._sentencepiece_model_file} has pad, eos, unk = {found}; they must be 0, 1, 2. '
-          'Train it with those ids, or choose another model.'
-        )
-    return self._model
+  def load_model(self) -> str:
+    """The model file, whole.
+
+    Raises:
+      ConfigError: it is not there, or no SentencePiece model.
+    """
+    path = self.sentencepiece_model_file
+    check_model_file(path)
+    return path
+
+  def check_model(self, pieces) -> None:
+    found = (pieces.pad_id(), pieces.eos_id(), pieces.unk_id())
+    if found != (0, 1, 2):
+      raise ConfigError(
+        f'{self.sentencepiece_model_file} has pad, eos, unk = {found}; they must be 0, 1, 2. '
+        'Train it with those ids, or choose another model.'
+      )
 
   def __eq__(self, other):
     if not isinstance(other, Vocabulary):
@@ -105,6 +111,26 @@ def find_model(path: str) -> str:
       f'There is no SentencePiece model at {path}. Copy it there, or give the path of yours.'
     )
   return path
+
+
+def check_model_file(path: str) -> None:
+  """Refuses a file that is no SentencePiece model: a page of an error, JSON, an LFS pointer.
+
+  Raises:
+    ConfigError: naming the file.
+  """
+  content = files.read_bytes(path)
+  proto = sentencepiece_model_pb2.ModelProto()
+  try:
+    proto.ParseFromString(content)
+    whole = bool(proto.pieces)
+  except protobuf.DecodeError:
+    whole = False
+  if not whole:
+    raise ConfigError(
+      f'{path} is no SentencePiece model ({len(content):,} bytes, beginning {content[:24]!r}); '
+      'give the spiece.model or tokenizer.model itself, downloaded whole.'
+    )
 
 
 def train_vocabulary(path: str, texts: Iterable[str], pieces: int) -> None:

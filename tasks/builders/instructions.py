@@ -14,6 +14,8 @@ import tensorflow_datasets as tfds
 from openmoe.config import ConfigError
 from tasks import records
 
+_TURN = ('role', 'content')
+
 
 class _Texts(tfds.core.GeneratorBasedBuilder):
   """String fields FIELDS of every example, split train."""
@@ -64,11 +66,14 @@ def chat_example(turns: Sequence[Mapping[str, str]]) -> dict[str, str] | None:
   """input and output of a conversation in the released chat template, or None without an answer.
 
   The last answer is the output, ended by the literal text </s>; all before it is the input. How
-  the authors flattened turns is not known: this is Llama-2's order with the released strings.
+  the authors flattened turns is not known: this is Llama-2's order with the released strings. A
+  conversation with a turn that holds no text, as moderated ones have, is none.
   """
   pairs, system = [], ''
   for turn in turns:
-    role, content = turn['role'], turn['content']
+    role, content = (turn.get(k) if isinstance(turn, Mapping) else None for k in _TURN)
+    if not isinstance(content, str):
+      return None
     if role == 'system':
       system = content
     elif role == 'user':

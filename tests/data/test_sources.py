@@ -121,8 +121,8 @@ def test_hostile_sizes(tmp_path):
 def test_missing_and_unknown_files_are_refused(tmp_path):
   with pytest.raises(ConfigError, match='No file matches.*nothing.*check the path'):
     read(TextFiles({'train': str(tmp_path / 'nothing*.jsonl')}))
-  (tmp_path / 'x.csv').write_text('a')
-  with pytest.raises(ConfigError, match=r'x.csv must end in one of'):
+  (tmp_path / 'x.docx').write_text('a')
+  with pytest.raises(ConfigError, match=r'x.docx must end in one of'):
     read(TextFiles({'train': str(tmp_path / '*')}))
   with pytest.raises(ConfigError, match="Did you mean 'skip'"):
     TextFiles({'train': 'x'}, bad_record='skp')

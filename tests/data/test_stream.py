@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import subprocess
 import sys
@@ -13,8 +14,14 @@ import pytest
 import seqio
 
 from openmoe.config import ConfigError, DataConfig
+from openmoe.data import stream as stream_module
 from openmoe.data.shard import shard_name
-from openmoe.data.stream import ShardedStream, evaluation_batches, host_shards
+from openmoe.data.stream import (
+  ShardedStream,
+  evaluation_batches,
+  host_shards,
+  padding_batch,
+)
 from tests.data import case
 
 SHARDS = 2
@@ -123,9 +130,61 @@ def test_a_finite_pass_ends_and_is_the_same_every_time(config):
   first, second = (take(evaluation_batches(once, 50), 50) for _ in range(2))
   assert 1 < len(first) < 50
   np.testing.assert_array_equal(first, second)
-  padded = take(evaluation_batches(once, len(first) + 2, range(2)), 100)
-  assert len(padded) == len(first) + 2
-  assert not padded[-1].any()
+  alone = [len(take(evaluation_batches(once, 50, [shard]), 50)) for shard in range(2)]
+  assert max(alone) == len(first)  # hosts agree on the longest, and the others pad
+  assert not padding_batch(once, 1).loss_weights.any()
+  assert padding_batch(once, 1).targets.shape == (once.batch_size // 2, once.row_length)
+
+
+def damaged(position: bytes, **changes) -> bytes:
+  """The entry of a shard with other arrays in it; None removes one."""
+  with np.load(io.BytesIO(position)) as loaded:
+    arrays = dict(loaded) | changes
+  out = io.BytesIO()
+  np.savez_compressed(out, **{k: v for k, v in arrays.items() if v is not None})
+  return out.getvalue()
+
+
+def test_a_position_that_somebody_sent_writes_nothing_and_says_what_is_wrong(
+  config, whole, tmp_path
+):
+  entries = whole[1]
+  name = min(entries)
+  target = tmp_path / 'written'
+  content = np.frombuffer(b'x', np.uint8)
+  wrong = {
+    'holds a file named': {f'file:{target}': content},
+    "named '../../out'": {'file:../../out': content},
+    'damaged: no row_sizes': {'header': np.array('{"signature": {}, "shard": 0}')},
+    'is damaged': {'header': None},
+    'does not fit this data pipeline': {'file:position.index': content},
+  }
+  with ShardedStream(config, [0]) as stream:
+    for message, changes in wrong.items():
+      with pytest.raises(ConfigError, match=message):
+        stream.restore({name: damaged(entries[name], **changes)})
+    with pytest.raises(ConfigError, match='is damaged'):
+      stream.restore({name: entries[name][:200]})
+  assert not target.exists()
+
+
+def test_a_read_that_does_not_end_is_named_and_left_behind(config, monkeypatch):
+  stuck, go_on = threading.Event(), threading.Event()
+
+  def hang(self):
+    stuck.set()
+    go_on.wait(60)
+
+  monkeypatch.setattr(stream_module, '_PATIENCE', 0.1)
+  monkeypatch.setattr(stream_module.Shard, 'next_row', hang)
+  monkeypatch.setattr(stream_module, 'abandoned', [])
+  stream = ShardedStream(config, [0])
+  assert not stream.ready(0.05) and stuck.wait(10)
+  with pytest.raises(stream_module.StuckDataError, match=config.mixture_or_task_name):
+    stream.state(seconds=0.1)
+  stream.close()
+  assert stream_module.abandoned == [config.mixture_or_task_name]
+  go_on.set()
 
 
 def test_an_error_of_the_reading_thread_reaches_the_consumer(config, tmp_path):
@@ -142,16 +201,13 @@ def test_an_error_of_the_reading_thread_reaches_the_consumer(config, tmp_path):
     take(stream, 10)
 
 
-def test_a_shard_without_documents_is_refused(tmp_path):
+def test_more_shards_than_documents_are_refused_while_opening(tmp_path):
   case.write_jsonl(tmp_path / 'few.jsonl', ['some words of a document'] * 3)
   source = case.TextFiles({'train': str(tmp_path / 'few.jsonl')})
   case.chains.add_corpus('stream_few', source, case.VOCABULARY)
   few = DataConfig('stream_few_full_lm', {'targets': 64}, 4, num_shards=4)
-  with (
-    ShardedStream(few, [3]) as stream,
-    pytest.raises(ConfigError, match='shard_00003-of-00004.*stream_few_full_lm.*lower num_shards'),
-  ):
-    next(stream)
+  with pytest.raises(ConfigError, match='3 documents, fewer than num_shards=4.*lower num_shards'):
+    ShardedStream(few, [0])
 
 
 def test_unknown_names_are_refused_with_the_nearest(config):
