@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from etils import epath
 
-from openmoe.config import ConfigError
+from convert import sizes
+from openmoe.config import ConfigError, ModelConfig
 from openmoe.evaluation import prompts, results
 from openmoe.evaluation import run as evaluate
 from openmoe.evaluation.items import EvaluationTask, Item, Prompt
+from openmoe.inference.placement import config_digest
 from tests.evaluation_case import FakeModel, Silent
 
 
@@ -248,3 +250,16 @@ def test_scores_that_numpy_gives_are_numbers_too():
   prompts.check_finite(np.float32([-1.0, -2.0]), 'm', 'x')
   with pytest.raises(ConfigError, match='m gives x the log-probability nan'):
     prompts.check_finite(np.float32([-1.0, np.nan]), 'm', 'x')
+
+
+def test_a_new_field_at_its_default_leaves_fingerprints_as_they_are():
+  config = sizes.named('openmoe_tiny')
+  later = dataclasses.make_dataclass(
+    'Later', [('depth_scale', float, 1.0)], bases=(ModelConfig,), frozen=True
+  )
+  fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+  assert config_digest(later(**fields)) == config_digest(config)
+  assert config_digest(later(**fields, depth_scale=2.0)) != config_digest(config)
+  moe = dataclasses.replace(config.moe, top_k=1)
+  others = [dataclasses.replace(config, norm_epsilon=1e-3), dataclasses.replace(config, moe=moe)]
+  assert len({config_digest(c) for c in (config, *others)}) == 3

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import flax.traverse_util
 import jax
@@ -88,9 +91,24 @@ def cast(params: PyTree, config: ModelConfig) -> PyTree:
   return jax.tree_util.tree_map_with_path(one, params)
 
 
+def _chosen(config: Any) -> dict[str, Any]:
+  """The fields of a configuration that are not at their default, by name."""
+  found = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if value != field.default:
+      found[field.name] = _chosen(value) if dataclasses.is_dataclass(value) else repr(value)
+  return found
+
+
+def config_digest(config: ModelConfig) -> str:
+  """Tells configurations apart; a field that is new and at its default changes nothing."""
+  return hashlib.sha256(json.dumps(_chosen(config), sort_keys=True).encode()).hexdigest()
+
+
 def fingerprint(config: ModelConfig, params: PyTree) -> str:
   """sha256 of configuration and parameters; experts that are split count as their stack does."""
-  digest = hashlib.sha256(repr(config).encode())
+  digest = hashlib.sha256(config_digest(config).encode())
   pieces: list[tuple[str, int, jax.Array]] = []
   for path, leaf in flax.traverse_util.flatten_dict(params, sep='/').items():
     stem, _, expert = path.rpartition('_')

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -17,6 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from openmoe.config import ConfigError
+from openmoe.data.files import DamagedFile, parse_json, read_text
+from tasks.records import whole_text
 
 DEFAULT_DIR = 'runs/bigbench_lite'
 
@@ -130,16 +133,18 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def _read(path: pathlib.Path) -> Mapping[str, Any]:
+  if not path.exists():
+    raise ConfigError(f'{path} is missing; `{_GET}` gets the task files.')
   try:
-    data = json.loads(path.read_text(encoding='utf-8'))
-  except FileNotFoundError as error:
-    raise ConfigError(f'{path} is missing; `{_GET}` gets the task files.') from error
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ConfigError(
+    text = read_text(path)
+    data = parse_json(text, str(path))
+    data = whole_text(data, str(path)) if '\\ud' in text.lower() else data
+  except DamagedFile as error:
+    raise DamagedFile(
       f'{path} is not whole JSON ({error}); delete its folder and get it again with `{_GET}`.'
     ) from error
-  if not isinstance(data, dict) or 'name' not in data:
-    raise ConfigError(f'{path} is no task file: it has no "name". Get it again with `{_GET}`.')
+  if not isinstance(data, dict) or not isinstance(data.get('name'), str):
+    raise DamagedFile(f'{path} is no task file: it has no "name". Get it again with `{_GET}`.')
   return data
 
 
@@ -148,12 +153,67 @@ def _distinct(examples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
   return list({json.dumps(example): example for example in examples}.values())
 
 
-def _leaf(task: str, subtask: str, path: pathlib.Path, data: Mapping[str, Any]) -> Leaf:
+_SETTINGS = (
+  'task_prefix',
+  'example_input_prefix',
+  'example_output_prefix',
+  'choice_prefix',
+  'few_shot_example_separator',
+  'stop_string',
+  'output_regex',
+)
+
+
+def _is_texts(value: Any) -> bool:
+  return bool(value) and isinstance(value, list) and all(isinstance(x, str) for x in value)
+
+
+def _is_scores(value: Any) -> bool:
+  """Whether it gives every choice a finite number."""
+  good = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+  return bool(value) and isinstance(value, dict) and all(map(good, value.values()))
+
+
+def _wrong(data: Mapping[str, Any]) -> str | None:
+  """What is not as in every task file of BIG-bench, or None."""
   for key in ('examples', 'metrics', 'preferred_score'):
     if not data.get(key):
-      raise ConfigError(
-        f'{path} has no {key!r}, which every task must have; get it again: `{_GET}`.'
-      )
+      return f'has no {key!r}, which every task must have'
+  if not _is_texts(data['metrics']) or not isinstance(data['preferred_score'], str):
+    return "has 'metrics' that are no list of names, or a 'preferred_score' that is none"
+  for key in _SETTINGS:
+    if not isinstance(data.get(key), str | None):
+      return f'has {key!r} {data[key]!r}, which must be a text'
+  try:
+    re.compile(data.get('output_regex') or '')
+  except re.error as error:
+    return f"has an 'output_regex' that is none ({error})"
+  if not isinstance(data['examples'], list):
+    return "has 'examples' that are no list"
+  return None
+
+
+def _wrong_example(example: Any, types: Sequence[str]) -> str | None:
+  """What an example lacks that tasks of these types need, or None."""
+  if not isinstance(example, dict):
+    return 'is no object'
+  wanted = {'gen': 'target', 'mul': 'target_scores'}
+  missing = [key for key in ('input', *(wanted[t] for t in types)) if key not in example]
+  if missing:
+    return f'has no {missing}'
+  if not isinstance(example['input'], str):
+    return "has an 'input' that is no text"
+  target = example.get('target', '')
+  if not isinstance(target, str) and not _is_texts(target):
+    return "has a 'target' that is neither a text nor a list of some"
+  if 'target_scores' in example and not _is_scores(example['target_scores']):
+    return "has 'target_scores' that are not a number for each choice"
+  return None
+
+
+def _leaf(task: str, subtask: str, path: pathlib.Path, data: Mapping[str, Any]) -> Leaf:
+  if wrong := _wrong(data):
+    raise DamagedFile(f'{path} {wrong}; get it again: `{_GET}`.')
   known = GENERATIVE | MULTIPLE_CHOICE
   if not set(data['metrics']) <= known or data['preferred_score'] not in _RANGES:
     raise ConfigError(
@@ -161,11 +221,13 @@ def _leaf(task: str, subtask: str, path: pathlib.Path, data: Mapping[str, Any]) 
       f'only {sorted(known)} and nothing else is known here. Is this one of the 24 tasks?'
     )
   leaf = Leaf(task, subtask, data, _distinct(data['examples']))
-  wanted = {'gen': 'target', 'mul': 'target_scores'}
   for index, example in enumerate(leaf.examples):
-    missing = [key for key in ('input', *(wanted[t] for t in leaf.types)) if key not in example]
-    if missing:
-      raise ConfigError(f'{path}: example {index} has no {missing}; get the file again: `{_GET}`.')
+    if wrong := _wrong_example(example, leaf.types):
+      raise DamagedFile(f'{path}: example {index} {wrong}; get the file again: `{_GET}`.')
+  if leaf.metric in MULTIPLE_CHOICE and 'mul' not in leaf.types:
+    raise DamagedFile(f'{path} is scored by {leaf.metric}, which is none of its metrics.')
+  if not leaf.low < leaf.high:
+    raise DamagedFile(f'{path}: every choice is right, so nothing can be scored.')
   return leaf
 
 

@@ -151,7 +151,8 @@ def read_answers(path: str | os.PathLike) -> list[dict[str, Any]]:
     return []
   found = []
   for where, answer in files.json_lines(path):
-    if not isinstance(answer, dict) or not {'question_id', 'choices'} <= answer.keys():
+    number = answer.get('question_id') if isinstance(answer, dict) else None
+    if not isinstance(number, int | str) or 'choices' not in answer:
       raise ConfigError(f'{where} is no answer of MT-Bench; move the file away.')
     found.append(answer)
   return found

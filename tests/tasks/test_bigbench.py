@@ -189,6 +189,50 @@ def test_bad_input_is_named(tmp_path):
     prompts.make_items(load(tmp_path, case.generative(3)), 3, 'gen')
 
 
+@pytest.mark.parametrize(
+  ('make', 'damage', 'said'),
+  [
+    (case.generative, lambda t: t['examples'][1].update(input=3), "example 1 has an 'input'"),
+    (case.generative, lambda t: t['examples'][1].update(target=[]), "example 1 has a 'target'"),
+    (case.generative, lambda t: t['examples'][1].update(target=[1]), "example 1 has a 'target'"),
+    (case.generative, lambda t: t['examples'][1].pop('target'), r"example 1 has no \['target'\]"),
+    (case.generative, lambda t: t['examples'].append('x'), 'example 4 is no object'),
+    (case.generative, lambda t: t.update(examples={'a': 1}), "'examples' that are no list"),
+    (case.generative, lambda t: t.update(metrics='rouge'), 'no list of names'),
+    (case.generative, lambda t: t.update(choice_prefix=1), "'choice_prefix' 1, which must be"),
+    (case.generative, lambda t: t.update(output_regex='('), "'output_regex' that is none"),
+    (case.generative, lambda t: t.update(name=['x']), 'has no "name"'),
+    (
+      case.multiple_choice,
+      lambda t: t['examples'][0].update(target_scores={}),
+      'not a number for each choice',
+    ),
+    (
+      case.multiple_choice,
+      lambda t: t['examples'][0].update(target_scores={'a': float('nan')}),
+      'not a number for each choice',
+    ),
+    (
+      case.multiple_choice,
+      lambda t: t.update(examples=[{'input': 'a', 'target_scores': {'x': 1, 'y': 1}}]),
+      'every choice is right',
+    ),
+  ],
+)
+def test_task_files_of_another_form_are_named(tmp_path, make, damage, said):
+  task = make(4)
+  damage(task)
+  with pytest.raises(ConfigError, match=rf'task.json.* {said}'):
+    load(tmp_path, task)
+
+
+def test_halves_of_surrogate_pairs_do_not_reach_the_tokenizer(tmp_path):
+  task = case.generative(2)
+  task['examples'][0] = {'input': 'a\ud83d', 'target': 'é\ud83d\ude00'}
+  leaf = load(tmp_path, json.dumps(task))
+  assert leaf.examples[0] == {'input': 'a\ufffd', 'target': 'é😀'}
+
+
 def test_the_parity_tool_writes_what_it_says(tmp_path, capsys):
   case.write(tmp_path, 'operators', case.generative(6))
   case.write(tmp_path, 'winowhy', case.multiple_choice(6))

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from openmoe.config import ConfigError
 from scripts import mt_bench as script
 from tasks.evaluation import mt_bench
 from tests.evaluation_case import FakeModel
@@ -81,6 +82,64 @@ def test_the_reference_conversation_is_asked_for_by_name(tmp_path, monkeypatch):
   assert run(tmp_path, monkeypatch, model, *more)[0] == 0
   first = model.vocabulary.decode(list(model.requests[0][0]))
   assert first == '<<SYS>>\nLong.\n<</SYS>>\n\n<s>[INST]One? [/INST]'
+
+
+def ask(tmp_path, *rows):
+  path = tmp_path / 'q.jsonl'
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return mt_bench.read_questions(path)
+
+
+def test_a_text_alone_is_one_turn(tmp_path):
+  (question,) = ask(tmp_path, {'question_id': 'a', 'category': ['x'], 'turns': 'Hello?'})
+  model = FakeModel(reply=' ok')
+  model.chat_template = Template()
+  for given in (question, {'question_id': 'a', 'turns': 'Hello?'}):
+    (found,) = mt_bench.answer(model, [given], lambda heat: heat)
+    assert found['choices'] == [{'index': 0, 'turns': ['ok']}]
+
+
+@pytest.mark.parametrize(
+  ('row', 'said'),
+  [
+    ({'turns': ['a']}, "no 'question_id'"),
+    ({'question_id': None, 'turns': ['a']}, "'question_id' is None"),
+    ({'question_id': [1], 'turns': ['a']}, "'question_id' is .1., not a number"),
+    ({'question_id': 1}, "no 'turns'"),
+    ({'question_id': 1, 'turns': []}, "'turns' must be a list of at least 1"),
+    ({'question_id': 1, 'turns': ['a', None]}, "'turns' is empty"),
+    ({'question_id': 1, 'turns': ['a', ' ']}, "'turns' has an empty one"),
+    ({'question_id': 1, 'turns': {'a': 1}}, "'turns' must be a list"),
+  ],
+)
+def test_questions_of_another_form_are_named(tmp_path, row, said):
+  with pytest.raises(ConfigError, match=f'q.jsonl:1: .*{said}'):
+    ask(tmp_path, row)
+
+
+def test_a_question_twice_is_named(tmp_path):
+  row = {'question_id': 1, 'turns': ['a']}
+  with pytest.raises(ConfigError, match='q.jsonl:2: .*1 is that of .*q.jsonl:1 as well'):
+    ask(tmp_path, row, row)
+
+
+def test_answers_are_read_whatever_characters_they_hold(tmp_path):
+  path = tmp_path / 'm' / 'a.jsonl'
+  answer = {'question_id': 1, 'choices': [{'index': 0, 'turns': ['é\u2028\x85\x0cx']}]}
+  mt_bench.write_answers(path, [answer])
+  assert mt_bench.read_answers(path) == [answer]
+  path.write_text('{"question_id": [1], "choices": []}\n')
+  with pytest.raises(ConfigError, match='a.jsonl:1 is no answer of MT-Bench'):
+    mt_bench.read_answers(path)
+
+
+def test_a_template_that_refuses_says_why(tmp_path, monkeypatch, capsys):
+  def refuse(self, messages):
+    raise ConfigError('The chat template refuses these messages: no system message.')
+
+  monkeypatch.setattr(Template, 'text', refuse)
+  assert run(tmp_path, monkeypatch, FakeModel())[0] == 64
+  assert 'no system message' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('length', [30, 64])
