@@ -24,7 +24,8 @@ _MBPP_SHOTS = (2, 3, 4)  # task_ids of the three solved examples of the benchmar
 
 def _pass_rates(item: Item, prediction: Prediction, written: list[str]) -> dict[str, float]:
   """pass@1 and pass@k of every power of ten up to the number of samples."""
-  passed = sum(sandbox.run(program).passed for program in written)
+  tests, names = '\n'.join([item.extra['setup'], *item.extra['tests']]), item.extra['names']
+  passed = sum(sandbox.run(program, tests=tests, names=names).passed for program in written)
   samples = len(prediction.texts)
   ks = [k for k in (1, 10, 100) if k <= samples]
   return {f'pass@{k}': sandbox.pass_at_k(samples, passed, k) for k in ks}
@@ -71,15 +72,21 @@ def humaneval(
         raise fields.refuse(
           record, f"'test' must define check() and 'entry_point' be a name, not {entry_point!r}."
         )
-      extra = {'before': prompt, 'after': f'\n{test}\ncheck({entry_point})\n', 'name': entry_point}
+      extra = {
+        'before': prompt,
+        # What else a prompt defines is the tests' own, whatever the program makes of it.
+        'setup': programs.without(prompt, entry_point),
+        'tests': [test, f'check({entry_point})'],
+        'names': (entry_point,),
+      }
       found.append(Item(name, Prompt(prompt, prefix=head), extra=extra))
     return found
 
   def measure(item: Item, prediction: Prediction) -> dict[str, float]:
     texts = [text.split('<extra_id_0> ')[-1] for text in prediction.texts]
     if mode != REFERENCE:
-      texts = [_body(text, item.extra['before'], item.extra['name']) for text in texts]
-    written = [item.extra['before'] + text + item.extra['after'] for text in texts]
+      texts = [_body(text, item.extra['before'], *item.extra['names']) for text in texts]
+    written = [item.extra['before'] + text for text in texts]
     return _pass_rates(item, prediction, written)
 
   return EvaluationTask(
@@ -147,14 +154,19 @@ def mbpp(
     found = []
     for record in splits.read(data_dir, 'mbpp', 'test'):
       tests = _mbpp_tests(record)
-      extra = {'after': '\n'.join(['', _mbpp_setup(record), *tests, '']), 'tests': tests}
+      reference = fields.text(record, 'code').replace('\r', '') if 'code' in record else ''
+      extra = {
+        'setup': _mbpp_setup(record),
+        'tests': tests,
+        'names': tuple(programs.defined(reference)),
+      }
       prompt = Prompt(_mbpp_question(record), chosen, separator='\n')
       found.append(Item(str(_mbpp_number(record)), prompt, extra=extra))
     return found
 
   def measure(item: Item, prediction: Prediction) -> dict[str, float]:
     names = programs.called('\n'.join(item.extra['tests']))
-    written = [programs.program(text, names) + item.extra['after'] for text in prediction.texts]
+    written = [programs.program(text, names) for text in prediction.texts]
     return _pass_rates(item, prediction, written)
 
   return EvaluationTask(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
 # A line that begins with three or more ` or ~; whatever follows names the language.
@@ -43,3 +44,23 @@ def program(text: str, names: set[str]) -> str:
   if not found:
     return text
   return next((b for b in found if any(_defines(b, name) for name in names)), found[0])
+
+
+def _named(source: str) -> list[tuple[str | None, ast.stmt]]:
+  """Statements of a text with what each defines; none if the text is not Python."""
+  try:
+    body = ast.parse(source).body
+  except SyntaxError:
+    return []
+  kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+  return [(node.name if isinstance(node, kinds) else None, node) for node in body]
+
+
+def defined(source: str) -> list[str]:
+  """Functions and classes that a program defines at its top level."""
+  return [name for name, _ in _named(source) if name]
+
+
+def without(source: str, name: str) -> str:
+  """A program less what it defines under a name."""
+  return ast.unparse(ast.Module([node for found, node in _named(source) if found != name], []))

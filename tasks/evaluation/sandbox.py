@@ -1,47 +1,57 @@
-"""Runs programs that a model wrote, so that nothing they do matters: jail.py, and a watch over it.
+"""Runs programs that a model wrote, so that nothing they do matters; see warden.py and judge.py.
 
-A program passes if it runs to its end without an exception, in time. Its process can make no other
-process, open no socket, write nothing outside a temporary directory, and take no more memory, files
-or time than it is given; this process waits, counts and kills. That takes Linux with seccomp and
-Landlock (5.13 or newer); elsewhere nothing is run.
+A program passes if it runs to its end and its tests do, in time. The program, and in another
+process its tests, can make no process, open no socket, change or make no file, read none but
+Python's own libraries, and take no more memory, threads or time than they are given; both end with
+this process, however it ends. What counts is decided where the program cannot reach, from plain
+values that it returned. That takes Linux with seccomp and Landlock (5.13 or newer); elsewhere
+nothing is run.
+
+What remains: a program that guesses what a test expects passes it, and so does one that changes the
+arguments it is given so that the test comes out. A text without tests is taken at its word that it
+ran to its end; in a text that has its tests in it, what looks like tests is taken for them, whoever
+wrote it. A program can see which files and processes there are, though not what is in them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
-import secrets
-import signal
+import socket
 import subprocess
 import sys
-import tempfile
-import time
+import threading
+from collections.abc import Collection
 
 from openmoe.config import ConfigError
 from tasks.evaluation import jail
 
-_POLL_SECONDS = 0.02
+_WARDEN = pathlib.Path(jail.__file__).with_name('warden.py')
+_ENVIRONMENT = {
+  'HOME': '/',
+  'LANG': 'C.UTF-8',
+  'OMP_NUM_THREADS': '1',
+  'OPENBLAS_NUM_THREADS': '1',
+  'OPENSSL_CONF': os.devnull,
+  'TZ': 'UTC',
+}
+_GRACE_SECONDS = 10  # for the process that counts the seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What one program may take.
+  """What one program may take, and its tests as much again.
 
   Attributes:
-    seconds: wall time and processor time.
-    memory: bytes of address space.
-    file_size: bytes of one file.
-    disk: bytes of all files.
+    seconds: wall time of both together, and processor time of each.
+    memory: bytes of address space of each.
   """
 
   seconds: float = 10.0
   memory: int = 1 << 30
-  file_size: int = 8 << 20
-  disk: int = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,89 +77,107 @@ def check_available() -> None:
     )
 
 
-def _disk_use(directory: str) -> int:
-  total = 0
-  for root, _, names in os.walk(directory, onerror=None):
-    for name in names:
-      with contextlib.suppress(OSError):
-        total += os.lstat(os.path.join(root, name)).st_size
-  return total
-
-
-def _watch(process: subprocess.Popen, directory: str, limits: Limits) -> str | None:
-  """Waits for the end; the reason if it had to be forced."""
-  begin = time.monotonic()
-  looked = begin
-  while process.poll() is None:
-    now = time.monotonic()
-    if now - begin > limits.seconds:
-      return 'timed out'
-    if now - looked > 0.2:
-      looked = now
-      if _disk_use(directory) > limits.disk:
-        return 'wrote too much'
-    time.sleep(_POLL_SECONDS)
-  return None
-
-
-def _kill(process: subprocess.Popen) -> None:
-  # It leads a group of its own, in which there can be no other process.
-  with contextlib.suppress(ProcessLookupError):
-    os.killpg(process.pid, signal.SIGKILL)
-  process.wait()
-
-
-def run(source: str, limits: Limits = Limits()) -> Outcome:
-  """Runs a program.
+def run(
+  program: str,
+  limits: Limits = Limits(),
+  tests: str | None = None,
+  names: Collection[str] = (),
+) -> Outcome:
+  """Runs a program, and its tests against it.
 
   Args:
-    source: Python text; it passes by running to its end.
+    program: Python text.
     limits: what it may take.
+    tests: Python text, run in another process; names it does not define are the program's. None
+      if the program's text ends with them; they then see copies of its data.
+    names: what the tests must take from the program even where Python has something of that name.
 
   Raises:
     ConfigError: see check_available.
   """
   check_available()
-  secret = secrets.token_hex(16)
-  with tempfile.TemporaryDirectory(prefix='program-', ignore_cleanup_errors=True) as place:
-    pathlib.Path(place, 'program.py').write_text(source, encoding='utf-8', errors='replace')
-    reader, writer = os.pipe()
-    settings = {
-      'verdict': writer,
-      'secret': secret,
-      'directory': place,
-      'cpu_seconds': math.ceil(limits.seconds) + 1,
-      'memory': limits.memory,
-      'file_size': limits.file_size,
-    }
-    process = subprocess.Popen(
-      [sys.executable, '-I', str(pathlib.Path(jail.__file__)), json.dumps(settings)],
-      stdin=subprocess.DEVNULL,
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.DEVNULL,
-      pass_fds=(writer,),
-      start_new_session=True,
-      cwd=place,
-      env={'HOME': place, 'TMPDIR': place, 'OPENBLAS_NUM_THREADS': '1', 'OMP_NUM_THREADS': '1'},
+  job = json.dumps({'program': program, 'tests': tests, 'names': list(names)}).encode()
+  report = _judged(job, limits)
+  try:
+    passed, reason = json.loads(report)
+  except ValueError:
+    return Outcome(False, 'no verdict')
+  if passed is None:
+    raise ConfigError(
+      f'Programs that a model wrote cannot be locked in here: {reason}. Leave humaneval and mbpp '
+      'out, or evaluate them elsewhere.'
     )
-    os.close(writer)
+  return Outcome(passed, reason)
+
+
+def _judged(job: bytes, limits: Limits) -> bytes:
+  """The report on a job; empty if it was cut off."""
+  ours, theirs = socket.socketpair()
+  with ours:
+    with theirs:
+      _warden.send(json.dumps([limits.seconds, limits.memory]).encode(), theirs)
+    ours.settimeout(limits.seconds + _GRACE_SECONDS)
+    report = b''
     try:
-      forced = _watch(process, place, limits)
-    finally:
-      _kill(process)
-      os.set_blocking(reader, False)
-      with contextlib.suppress(BlockingIOError):
-        verdict = os.read(reader, 4096).decode(errors='replace')
-      os.close(reader)
-  return _outcome(forced, verdict, secret, process.returncode)
+      ours.sendall(job)
+      ours.shutdown(socket.SHUT_WR)
+      # Not to its end: a process forked in the meantime may hold the other side open.
+      while not report.endswith(b'\n') and (data := ours.recv(1 << 16)):
+        report += data
+    except TimeoutError:
+      return b'[false, "timed out"]'
+    except OSError:  # whoever judged has died
+      return b''
+  return report
 
 
-def _outcome(forced: str | None, verdict: str, secret: str, code: int) -> Outcome:
-  if forced:
-    return Outcome(False, forced)
-  if verdict == secret:
-    return Outcome(True, 'passed')
-  return Outcome(False, verdict or f'ended with {code} before its end')
+class _Warden:
+  """The process that judges; started when first needed, and again if it is gone.
+
+  Attributes:
+    session: what it and all it starts belong to.
+  """
+
+  def __init__(self):
+    self.session = 0
+    self._lock = threading.Lock()
+    self._control: socket.socket | None = None
+    self._owner = 0
+
+  def send(self, message: bytes, job: socket.socket) -> None:
+    with self._lock:
+      if self._control is None or self._owner != os.getpid():
+        self._start()
+      try:
+        socket.send_fds(self._control, [message], [job.fileno()])
+      except OSError:  # it has been killed
+        self._start()
+        socket.send_fds(self._control, [message], [job.fileno()])
+
+  def _start(self) -> None:
+    self._owner = os.getpid()
+    self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+      starting = subprocess.Popen(
+        [sys.executable, '-I', '-B', str(_WARDEN), str(self._owner)],
+        stdin=theirs,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        cwd='/',
+        env=_ENVIRONMENT,
+      )
+    self.session = starting.pid
+    errors = starting.communicate()[1]
+    if starting.returncode:
+      why = errors.decode(errors='replace').strip().rsplit('\n', 1)[-1]
+      raise ConfigError(
+        f'Programs that a model wrote cannot be judged here: {_WARDEN.name} does not start '
+        f'({why}). Leave humaneval and mbpp out, or evaluate them elsewhere.'
+      )
+
+
+_warden = _Warden()
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
