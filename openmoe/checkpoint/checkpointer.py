@@ -29,7 +29,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from openmoe.checkpoint import manifest
+from openmoe.checkpoint import arrays, manifest
 from openmoe.checkpoint.paths import PREFIX, absolute
 from openmoe.checkpoint.positions import RestoreDataPositions, SaveDataPositions
 from openmoe.config import ConfigError
@@ -169,7 +169,9 @@ class Checkpointer:
     if self._read_only:
       logging.set_verbosity(logging.ERROR)  # orbax warns that what was asked for will be done
     try:
-      return ocp.CheckpointManager(self._directory, options=options)
+      return ocp.CheckpointManager(
+        self._directory, options=options, handler_registry=arrays.registry('params', 'state')
+      )
     finally:
       logging.set_verbosity(verbosity)
 

@@ -23,6 +23,8 @@ NAME = 'manifest.json'
 VERSION = 1
 # The commit protocol of orbax rewrites these after the manifest is made.
 _WRITTEN_LATER = frozenset({'_CHECKPOINT_METADATA', 'commit_success.txt', NAME})
+_OWN = 'ocdbt.process_'  # begins the folder where orbax puts what one process wrote of an item
+_DIGESTS = 'digests.process_'  # begins the file where that process describes it, for a while
 _BLOCK = 1 << 22  # bytes hashed at a time
 _LARGEST = 128 << 20  # bytes of a manifest: some 700,000 files
 
@@ -60,14 +62,46 @@ def _in_threads(fn, items: list) -> list:
     return list(pool.map(fn, items))
 
 
+def describe_own(item: epath.Path, process: int) -> None:
+  """Describes the arrays that a process wrote for an item of a checkpoint, for write() to take.
+
+  Raises:
+    OSError: if a file cannot be read or the description cannot be written.
+  """
+  place = item / f'{_OWN}{process}'
+  if is_remote(item) or not place.is_dir():
+    return
+  own = {f'{place.name}/{name}': path for name, path in _files(place).items()}
+  entries = dict(zip(own, _in_threads(_describe, list(own.values())), strict=True))
+  write_whole(item / f'{_DIGESTS}{process}', json.dumps(entries).encode())
+
+
+def _take_own(directory: epath.Path, files: dict[str, epath.Path]) -> dict[str, Any]:
+  """What the processes described of their files; their descriptions are removed."""
+  described = {}
+  for name in [n for n in files if n.rpartition('/')[2].startswith(_DIGESTS)]:
+    path, item = files.pop(name), name.rpartition('/')[0]
+    described |= {f'{item}/{k}': v for k, v in safe_json.read(path, limit=_LARGEST).items()}
+    path.unlink()
+  for name, entry in described.items():
+    there = files[name].stat().length if name in files else 'no'
+    if there != entry['size']:
+      raise OSError(f'{directory / name} has {there} bytes; {entry["size"]} were written.')
+  return described
+
+
 def write(directory: epath.Path, step: int) -> None:
   """Describes every file of a finished checkpoint directory in its manifest.
+
+  Reads only what no process has described.
 
   Raises:
     OSError: if a file cannot be read or the manifest cannot be written.
   """
   files = _files(directory)
-  entries = dict(zip(files, _in_threads(_describe, list(files.values())), strict=True))
+  entries = _take_own(directory, files)
+  others = sorted(files.keys() - entries.keys())
+  entries |= zip(others, _in_threads(_describe, [files[n] for n in others]), strict=True)
   content = {'version': VERSION, 'step': step, 'files': dict(sorted(entries.items()))}
   write_whole(directory / NAME, json.dumps(content, indent=1).encode(), sync=True)
 

@@ -99,6 +99,25 @@ def test_a_damaged_newest_is_passed_over(open_dir, tmp_path, notes, damage):
   assert_equal(fresh.restore(20, abstract(make_state()))[0], make_state(20, seed=21))
 
 
+def test_a_disk_that_cannot_be_read_is_damage(open_dir, tmp_path, notes, monkeypatch):
+  writer = open_dir()
+  for step in (10, 20):
+    writer.save(step, make_state(step), DATA, {})
+  writer.wait()
+  bad, read = largest_file(tmp_path / 'run/checkpoint_20'), manifest.open_regular
+
+  def fails(path):
+    if str(path) == str(bad):
+      raise OSError(5, 'Input/output error')
+    return read(path)
+
+  monkeypatch.setattr(manifest, 'open_regular', fails)
+  assert open_dir().latest_step() == 10
+  assert 'checkpoint_20 is damaged' in notes[0]
+  assert 'cannot be read' in notes[0]
+  assert 'Input/output error' in notes[0]
+
+
 def test_a_read_only_reader_leaves_damage_and_running_saves_alone(open_dir, tmp_path):
   writer = open_dir()
   for step in (10, 20):

@@ -17,14 +17,19 @@ import jax
 port, index, run, fault = sys.argv[1:]
 jax.distributed.initialize(f'127.0.0.1:{port}', num_processes=2, process_id=int(index))
 from openmoe.checkpoint import positions
+from openmoe.checkpoint import manifest
 from openmoe.checkpoint.checkpointer import Checkpointer, CheckpointError
 from tests.checkpoint import case
 
+read, sha256 = [], manifest._sha256
+manifest._sha256 = lambda path: (read.append(str(path)), sha256(path))[1]
 checkpointer = Checkpointer(run, 3, case.IDENTITY)
 for step in (10, 20):
   state = case.make_state(step)
   checkpointer.save(step, state, {f'shard_{index}': b'at %d' % step}, {'processes': 2})
   checkpointer.wait()
+owners = {name.split('ocdbt.process_')[1][0] for name in read if 'ocdbt.process_' in name}
+print('read arrays of', sorted(owners), 'twice:', len(read) - len(set(read)))
 jax.experimental.multihost_utils.sync_global_devices('written')
 if fault == 'truncate' and index == '1':
   import os
@@ -63,7 +68,9 @@ def test_two_processes_write_and_one_reads(open_dir, tmp_path, fault):
   assert [p.returncode for p in processes] == [0, 0], outputs[0][1] + outputs[1][1]
   step = 20 if fault == 'none' else 10
   positions = {f'shard_{i}': f'at {step}'.encode() for i in range(2)}
-  for out, _ in outputs:
+  for index, (out, _) in enumerate(outputs):
+    # The bytes of a save are digested by whoever wrote them.
+    assert f"read arrays of ['{index}'] twice: 0" in out
     assert f'restored {step} {step} {positions} {{"processes": 2}}'.replace('"', "'") in out
     # Each process checks half of the files, and all hear of what one finds.
     assert ('checkpoint_20 is damaged' in out) == (fault == 'truncate')

@@ -1,0 +1,65 @@
+"""Arrays as an item of a checkpoint, whose bytes are digested by the process that wrote them.
+
+orbax gives every process a folder of its own for its parts of the arrays. When they are written,
+still in the background and before anything is committed, the process describes them in a file
+beside; the manifest takes these over, so that no process reads back what others wrote.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from openmoe.checkpoint import manifest
+
+
+class ArraysHandler(ocp.StandardCheckpointHandler):
+  """orbax's own handler and format; adds the digests of what this process wrote."""
+
+  @classmethod
+  def typestr(cls) -> str:
+    """The name that checkpoints carry: what is written is orbax's."""
+    return ocp.StandardCheckpointHandler.typestr()
+
+  async def async_save(self, directory, item=None, save_args=None, args=None):
+    futures = await super().async_save(directory, item, save_args, args)
+    return [_Digested(futures or [], epath.Path(getattr(directory, 'path', directory)))]
+
+
+class _Digested:
+  """A future of orbax's: the writes of this process and then their digests."""
+
+  def __init__(self, writes: Sequence[Any], directory: epath.Path):
+    self._writes = writes
+    self._directory = directory
+    self._done = False
+
+  def result(self, timeout: float | None = None) -> None:
+    deadline = None if timeout is None else time.monotonic() + timeout
+    for write in self._writes:
+      write.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
+    if not self._done:
+      manifest.describe_own(self._directory, jax.process_index())
+      self._done = True
+
+  def cancel(self) -> None:
+    for write in self._writes:
+      write.cancel()
+
+
+def registry(*items: str) -> ocp.handlers.DefaultCheckpointHandlerRegistry:
+  """Lets these items of a checkpoint be saved and restored by ArraysHandler.
+
+  Given to the manager and not to orbax's global table, where orbax's own handler has the name.
+  """
+  found = ocp.handlers.DefaultCheckpointHandlerRegistry()
+  for item in items:
+    handler = ArraysHandler()
+    found.add(item, ocp.args.StandardSave, handler)
+    found.add(item, ocp.args.StandardRestore, handler)
+  return found
