@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from convert.core.forms import Form
+from convert.core.forms import Form, reading
 from convert.core.tensors import ConvertError
 from openmoe.config import Architecture, ConfigError, ModelConfig, MoEConfig
 
@@ -116,6 +116,11 @@ def of_form(form: Form, model: str | None) -> ModelConfig:
   Raises:
     ConvertError: the two disagree, or the checkpoint alone does not tell enough.
   """
+  with reading(form.path):
+    return _of_form(form, model)
+
+
+def _of_form(form: Form, model: str | None) -> ModelConfig:
   told = _told(form)
   if model is not None:
     config = named(model)

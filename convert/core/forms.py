@@ -36,7 +36,7 @@ _DAMAGE = (
   KeyError,
   AttributeError,
   IndexError,
-  OverflowError,
+  ArithmeticError,
   RecursionError,
   MemoryError,
 )

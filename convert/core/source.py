@@ -63,8 +63,15 @@ def open_form(kind: str, path: epath.Path) -> Form:
 
 @functools.cache
 def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Shape of every row in the common layout, by its name; from the model itself."""
-  shapes = flax.traverse_util.flatten_dict(abstract_params(config)[0], sep='/')
+  """Shape of every row in the common layout, by its name; from the model itself.
+
+  Raises:
+    ConvertError: there are no arrays of such sizes.
+  """
+  try:
+    shapes = flax.traverse_util.flatten_dict(abstract_params(config)[0], sep='/')
+  except (OverflowError, ValueError, TypeError, ZeroDivisionError) as error:
+    raise ConvertError(f'{config.name} is no model of possible sizes: {error}.') from error
   ours = {path: leaf.shape for path, leaf in shapes.items()}
   return expected_shapes(name_table(config), ours)
 

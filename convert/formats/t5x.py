@@ -7,6 +7,7 @@ bucket of the spec are ignored, as t5x itself ignores them: a checkpoint may hav
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -19,8 +20,8 @@ from etils import epath
 from convert.core.forms import Form, Options, Sink
 from convert.core.names import Row, name_problems, name_table
 from convert.core.tensors import ConvertError, Stored, Writable, write_synced
-from convert.formats.zarrays import ZarrStore, missing_chunks
-from openmoe.checkpoint.paths import read_small
+from convert.formats.zarrays import ZarrStore, is_ocdbt, missing_chunks
+from openmoe.checkpoint.paths import is_inside, read_small
 from openmoe.config import Architecture, ModelConfig
 
 SLOTS = ('m', 'v', 'v_row', 'v_col')
@@ -72,14 +73,17 @@ def _leaves(node: Any, path: str = '') -> Iterator[tuple[str, Any]]:
   elif not isinstance(node, Mapping):
     raise ConvertError(f'{path} in the checkpoint file is a {type(node).__name__}, not an array.')
   elif 'driver' in node and 'kvstore' in node:
-    yield path, os.path.basename(str(node['kvstore'].get('path', '')).rstrip('/'))
+    name = os.path.basename(str(node['kvstore'].get('path', '')).rstrip('/'))
+    if not is_inside(name):
+      raise ConvertError(f'{path} in the checkpoint file names no directory beside it.')
+    yield path, name
   else:
     for key, child in node.items():
       yield from _leaves(child, f'{path}/{key}' if path else str(key))
 
 
 class T5xForm(Form):
-  """Reads a t5x checkpoint.
+  """Reads a t5x checkpoint: t5x's own form, or what it saves through orbax.
 
   Args:
     path: the checkpoint directory, local or gs://.
@@ -92,6 +96,11 @@ class T5xForm(Form):
 
   def __init__(self, path: os.PathLike | str):
     self.path = epath.Path(path)
+    if is_ocdbt(self.path / 'state'):  # today's t5x saves through orbax
+      self._store = ZarrStore(self.path / 'state')
+      self._leaves = {name.replace('.', '/'): name for name in self._store.names()}
+      self.step = self._read_step()
+      return
     self._store = ZarrStore(path)
     try:
       content = read_small(self.path / 'checkpoint', _LARGEST_FILE)
@@ -104,8 +113,18 @@ class T5xForm(Form):
       raise ConvertError(f'{self.path}/checkpoint is not a whole t5x msgpack: {error!r}') from error
     if version != VERSION:
       raise ConvertError(f'{self.path} is a t5x checkpoint of version {version}; known is 3.')
-    if 'state/step' in self._leaves:
-      self.step = int(self._leaves['state/step'])
+    self.step = self._read_step()
+
+  def _read_step(self) -> int | None:
+    if 'state/step' not in self._leaves:
+      return None
+    stored = self._stored('state/step')
+    if math.prod(stored.shape) != 1 or not np.issubdtype(stored.dtype, np.integer):
+      raise ConvertError(f'{self.path}: state/step is no whole number.')
+    step = int(stored.whole().reshape(()))
+    if not 0 <= step < 1 << 53:
+      raise ConvertError(f'{self.path}: state/step is {step}.')
+    return step
 
   def _stored(self, path: str) -> Stored:
     leaf = self._leaves[path]
@@ -272,4 +291,5 @@ class T5xSink(Sink):
 
 
 def is_t5x(path: epath.Path) -> bool:
-  return (path / 'checkpoint').exists()
+  ours = (path / 'metadata').exists()
+  return (path / 'checkpoint').exists() or (not ours and is_ocdbt(path / 'state'))

@@ -1,11 +1,14 @@
 """A checkpoint that t5x itself wrote: names, optimizer slots, values."""
 
+import pathlib
 import shutil
 import tarfile
 
 import numpy as np
 import pytest
+import tensorstore
 
+from convert import workplace
 from convert.core.names import name_table
 from convert.run import Options, convert, find_form
 from openmoe.config import ModelConfig, MoEConfig
@@ -84,3 +87,63 @@ def test_experts_in_a_chunk_each_are_read_one_by_one(golden):
 def test_parity_with_the_state_that_t5x_had_in_memory(golden):
   result = parity.compare(golden, parity.load(case.GOLDEN / 't5x_state_a.npz'))
   assert all(result[name] <= limit for name, limit in parity.LIMITS.items()), result
+
+
+def directories(path):
+  return {p.name for p in path.iterdir() if p.is_dir()}
+
+
+def expected_directories(form):
+  """What t5x reads from directories: leaves with named axes."""
+  for path, stored in form.tensors().items():
+    slot = path.rsplit('/', 1)[-1]
+    factored = slot in ('v_row', 'v_col') and '/expert/' in path
+    if path.startswith('target/') or ((slot == 'v' or factored) and stored.shape != (1,)):
+      yield path.replace('/', '.')
+
+
+def test_slots_lie_where_t5x_reads_them_from(golden, model, tmp_path, monkeypatch):
+  options = Options(optimizer=True, logits=False)
+  assert directories(golden) == set(expected_directories(find_form(golden)))
+  run = convert(find_form(golden), 'ours', tmp_path / 'run', model, options)
+  back = convert(find_form(run.path), 't5x', tmp_path / 'back', None, options)
+  assert directories(pathlib.Path(back.path)) == directories(golden)
+
+  real, done = workplace.move, []
+
+  def until_killed(job):
+    done.append(job)
+    return real(job) if len(done) < 100 else pytest.fail('killed')
+
+  monkeypatch.setattr(workplace, 'move', until_killed)
+  monkeypatch.setattr(workplace, 'THREADS', 1)
+  with pytest.raises(pytest.fail.Exception):
+    convert(find_form(run.path), 't5x', tmp_path / 'again', None, options)
+  monkeypatch.setattr(workplace, 'move', real)
+  again = convert(find_form(run.path), 't5x', tmp_path / 'again', None, options)
+  assert case.contents(pathlib.Path(again.path)) == case.contents(pathlib.Path(back.path))
+
+
+def test_what_t5x_saves_through_orbax_is_read(golden, model, tmp_path):
+  """There `state/` is one OCDBT database of all leaves, by their names with dots."""
+  place = tmp_path / 'checkpoint_3' / 'state'
+  place.mkdir(parents=True)
+  before = find_form(golden)
+  for path, stored in before.tensors().items():
+    x = stored.whole()
+    base = {'driver': 'file', 'path': f'{place}/'}
+    kvstore = {'driver': 'ocdbt', 'base': base, 'path': path.replace('/', '.') + '/'}
+    spec = {'driver': 'zarr', 'kvstore': kvstore, 'dtype': x.dtype.name}
+    spec['metadata'] = {'shape': list(x.shape), 'chunks': list(x.shape)}
+    spec['store_data_equal_to_fill_value'] = True
+    tensorstore.open(spec, create=True).result().write(x).result()
+  form = find_form(tmp_path)
+  assert (form.kind, form.step) == ('t5x', 3)
+  for path, stored in before.tensors().items():
+    np.testing.assert_array_equal(form.tensors()[path].whole(), stored.whole())
+  options = Options(optimizer=True, logits=False)
+  a = convert(before, 'ours', tmp_path / 'a', model, options)
+  b = convert(form, 'ours', tmp_path / 'b', model, options)
+  digests = lambda result: [line['sha256_after'] for line in result.receipt['tensors']]
+  assert digests(a) == digests(b)
+  assert 'is sound' in case.cli('fsck', tmp_path / 'checkpoint_3', '--model', model)
