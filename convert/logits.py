@@ -20,10 +20,11 @@ import numpy as np
 from convert.core.forms import Form, fill
 from convert.core.names import Row, name_table
 from openmoe.config import Architecture, Dispatch, ModelConfig, MoEConfig, RouterOrder
+from openmoe.layers.dense import RMSNorm
 from openmoe.layers.moe.router import Router, assign_slots
-from openmoe.layers.norm import RMSNorm
+from openmoe.models.common import BlockContext
 from openmoe.models.jetmoe import JetMoEBlock
-from openmoe.models.openmoe import Block, BlockContext, final_norm_epsilon
+from openmoe.models.openmoe import Block
 from openmoe.types import Array, PyTree, Routing
 
 TOKENS = (2, 12)
@@ -143,7 +144,6 @@ def _compiled(config: ModelConfig, sparse: bool) -> Callable:
       routing = call(*args, **kwargs)
       if not isinstance(method.module, Router):
         return routing
-      routing, *rest = routing
       index_gtk = routing.expert_index_gtk
       if follow is not None:
         kernel_de = method.module.variables['params']['kernel']
@@ -151,7 +151,7 @@ def _compiled(config: ModelConfig, sparse: bool) -> Callable:
         other_gtk = follow[len(chosen)].reshape(index_gtk.shape)
         routing = _along(routing, logits_gte, other_gtk, config.moe)
       chosen.append(index_gtk.reshape(-1, index_gtk.shape[-1]))
-      return (routing, *rest)
+      return routing
 
     b, t = r_btd.shape[:2]
     context = BlockContext(
@@ -193,7 +193,7 @@ def forward(
       # Done before the next layer is read: no two are in memory.
       experts += [np.asarray(index) for index in jax.block_until_ready(chosen)]
       r_btd = np.asarray(r_btd)
-    norm = RMSNorm(jnp.float32, final_norm_epsilon(config))
+    norm = RMSNorm(jnp.float32, config.last_norm_epsilon)
     hidden = norm.apply({'params': {'scale': parameters.scale()}}, r_btd)
   return Forward(parameters.logits(np.asarray(hidden)), np.array(experts))
 

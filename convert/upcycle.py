@@ -32,7 +32,7 @@ import numpy as np
 
 from openmoe.config import Architecture, ConfigError, Dispatch, ModelConfig
 from openmoe.models import build_model
-from openmoe.models.openmoe import group_shape
+from openmoe.models.common import group_shape
 from openmoe.train_state import abstract_params
 from openmoe.types import Batch, PyTree
 

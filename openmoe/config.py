@@ -24,12 +24,6 @@ class Dispatch(enum.Enum):
   MASK = 'mask'  # one-hot einsums, the reference of the released models
   SCATTER = 'scatter'  # index based; the same slots and drops, gather-only gradients
   DROPLESS = 'dropless'  # sorted by expert, grouped matmuls; capacity is ignored
-  CHOSEN = 'chosen'  # as dropless, but few tokens read only their own experts; has no gradient
-
-  @property
-  def dropless(self) -> bool:
-    """Whether every choice is served and capacity is ignored."""
-    return self in (Dispatch.DROPLESS, Dispatch.CHOSEN)
 
 
 class CapacityConvention(enum.Enum):
@@ -256,6 +250,12 @@ class ModelConfig:
       f'num_sparse_layers={self.num_sparse_layers} of num_layers={self.num_layers}: every block of '
       f'JetMoE is sparse, so give both the same number (a dense one has num_experts=1).',
     )
+
+  @property
+  def last_norm_epsilon(self) -> float:
+    """Epsilon of the norm after the last block."""
+    given = self.final_norm_epsilon
+    return self.norm_epsilon if given is None else given
 
   @property
   def sparse_period(self) -> int:

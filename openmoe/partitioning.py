@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from openmoe.config import ConfigError, DataConfig, MeshConfig, ModelConfig
@@ -190,6 +189,24 @@ def partitions(logical: str) -> int:
   return 1 if mesh is None else math.prod(mesh.shape[a] for a in RULES[logical])
 
 
+def local_shape(shape: Sequence[int], axes: Sequence[str | None]) -> tuple[int, ...]:
+  """Shape of one device's piece of an array with these logical axes."""
+  pairs = zip(shape, axes, strict=True)
+  return tuple(size if axis is None else size // partitions(axis) for size, axis in pairs)
+
+
+def target() -> tuple[str, str]:
+  """(platform, kind) of the devices that a program is made for, as ('tpu', 'TPU v4').
+
+  Those of the mesh, which need not be here; without a mesh, this process's own.
+  """
+  mesh = current_mesh()
+  device = None if mesh is None else mesh.abstract_device
+  if device is None:
+    device = jax.devices()[0]
+  return device.platform, device.device_kind
+
+
 def per_shard(
   fn: Callable, in_axes: Sequence[PyTree], out_axes: PyTree, *args: PyTree, typed: bool = True
 ) -> PyTree:
@@ -267,53 +284,6 @@ def exchange(x: Array, logical: str, split_dim: int, concat_dim: int) -> Array:
   for axis in _split_axes(logical):
     x = jax.lax.all_to_all(x, axis, split_axis=split_dim, concat_axis=concat_dim, tiled=True)
   return x
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def exchange_rows(x_rd: Array, sizes_mm: Array, out_rows: int, logical: str) -> Array:
-  """Inside per_shard: all-to-all of row runs of different lengths.
-
-  Args:
-    x_rd: this device's rows, grouped by the device they go to, in device order.
-    sizes_mm: int32, sizes_mm[i, j] rows go from device i to device j; the same on all devices.
-    out_rows: rows of the result; arrived rows come first, by sending device, the rest is 0.
-    logical: axis whose devices exchange.
-  """
-  (axis,) = mesh_axes(logical)
-  me = jax.lax.axis_index(axis)
-  before = lambda sizes: jnp.cumsum(sizes, axis=-1) - sizes
-  starts_in = before(sizes_mm)  # where the run for j begins on i
-  starts_out = before(sizes_mm.T).T  # where the run from i begins on j
-  if jax.default_backend() != 'cpu':
-    return jax.lax.ragged_all_to_all(
-      x_rd,
-      varying(jnp.zeros((out_rows, x_rd.shape[1]), x_rd.dtype)),
-      starts_in[me],
-      sizes_mm[me],
-      starts_out[me],
-      sizes_mm[:, me],
-      axis_name=axis,
-    )
-  # XLA's CPU backend has no ragged all-to-all: gather everything and pick the same rows.
-  all_mrd = jax.lax.all_gather(x_rd, axis)
-  place_r = jnp.arange(out_rows)
-  ends_m = jnp.cumsum(sizes_mm[:, me])
-  sender_r = jnp.minimum(jnp.searchsorted(ends_m, place_r, side='right'), ends_m.size - 1)
-  row_r = place_r - starts_out[sender_r, me] + starts_in[sender_r, me]
-  rows = all_mrd[sender_r, jnp.clip(row_r, 0, x_rd.shape[0] - 1)]
-  return jnp.where((place_r < ends_m[-1])[:, None], rows, 0)
-
-
-def _exchange_rows_fwd(x_rd, sizes_mm, out_rows, logical):
-  return exchange_rows(x_rd, sizes_mm, out_rows, logical), (sizes_mm, x_rd.shape[0])
-
-
-def _exchange_rows_bwd(out_rows, logical, residuals, dy_rd):
-  sizes_mm, rows = residuals
-  return exchange_rows(dy_rd, sizes_mm.T, rows, logical), None
-
-
-exchange_rows.defvjp(_exchange_rows_fwd, _exchange_rows_bwd)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -9,7 +9,14 @@ import flax.traverse_util
 import jax
 
 from openmoe import partitioning
-from openmoe.config import Architecture, MeshConfig, ModelConfig, OptimizerConfig
+from openmoe.config import (
+  Architecture,
+  CapacityConvention,
+  Dispatch,
+  MeshConfig,
+  ModelConfig,
+  OptimizerConfig,
+)
 from openmoe.optimizer import learning_rate, make_optimizer
 from openmoe.programme import Programme
 from openmoe.train_state import (
@@ -148,10 +155,10 @@ def make_plan(
 
 def _capacity_note(model: ModelConfig) -> str:
   moe = model.moe
-  if moe is None or moe.dispatch.dropless:
+  if moe is None or moe.dispatch is Dispatch.DROPLESS:
     return ''
   share = moe.capacity_factor
-  if moe.capacity_convention.value == 'released':
+  if moe.capacity_convention is CapacityConvention.RELEASED:
     share /= moe.top_k
   return (
     f'capacity factor {moe.capacity_factor} ({moe.capacity_convention.value}): '

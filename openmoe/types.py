@@ -1,11 +1,18 @@
 """The dataclasses that flow between the parts, and the legend of shape letters.
 
-Arrays carry their axes as a lower-case suffix, one letter an axis:
+Arrays carry their axes as a suffix, one letter an axis. Lower case is the model's:
 
   b batch           t token / query position   s key position    d embed
-  f mlp hidden      v vocabulary               n attention head  h head_dim
-  l sparse layer    g routing group            e expert          c capacity slot
-  k choice rank     m buffer slot / shard      r dispatched row   u gate half
+  f mlp hidden      u gate half                v vocabulary      n attention head
+  h head_dim        l sparse layer             g routing group   e expert
+  c capacity slot   k choice rank
+
+Capitals are for what a computation makes of these:
+
+  N tokens of all rows, flattened      R rows (token, choice), or of one expert's buffer
+  M slots of a layout for experts      D devices of one axis        C chunks of rows
+  I, O  input, output side of a kernel F both gate halves, 2f       Q queries, t * k
+  P prompts        W new (written) tokens        A continuations    Y classes
 
 So `x_btd` is [batch, length, embed] and `combine_weights_gtk` is
 [group, token of the group, choice].
@@ -52,12 +59,16 @@ class Routing:
     slot_gtk: int32 place of the choice in its expert's buffer, counted inside the group with all
       first choices before any second one; -1 for a choice that is not routed.
     stats: RouterStats of the layer.
+    num_experts: of the layer (E).
+    capacity: slots an expert reserves for a group; None means that every choice is served.
   """
 
   expert_index_gtk: Array
   combine_weights_gtk: Array
   slot_gtk: Array
   stats: RouterStats
+  num_experts: int = flax.struct.field(pytree_node=False)
+  capacity: int | None = flax.struct.field(pytree_node=False)
 
 
 @flax.struct.dataclass

@@ -11,6 +11,7 @@ import dataclasses
 import os
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import flax.traverse_util
@@ -31,7 +32,7 @@ from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.config import Architecture, ConfigError, ModelConfig
 from openmoe.inference import chat
 from openmoe.inference.model import LanguageModel
-from openmoe.inference.placement import cast, inference_mesh, splits_experts
+from openmoe.inference.placement import cast, expert_form, inference_mesh
 from openmoe.models import unstack
 from openmoe.observe.record import CONFIG
 from openmoe.programme import Programme
@@ -88,7 +89,7 @@ def load(
   found = _open_hf(path, vocabulary) if is_hf else _open_run(path, vocabulary)
   config = dataclasses.replace(found.config, dtype=dtype)
   mesh = inference_mesh(config, jax.devices(), num_model_partitions, num_expert_partitions)
-  params = _placed(found.params(config, mesh), config, mesh, splits_experts(mesh, capacity))
+  params = _placed(found.params(config, mesh), config, mesh, expert_form(config, mesh, capacity))
   return LanguageModel(
     config,
     params,
@@ -129,7 +130,7 @@ def _shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> PyTree:
 
 
 def _placed(
-  params: PyTree, config: ModelConfig, mesh: jax.sharding.Mesh | None, split_experts: bool
+  params: PyTree, config: ModelConfig, mesh: jax.sharding.Mesh | None, form: Callable | None
 ) -> PyTree:
   """Puts one array after the other on the devices, split by layer, in the dtype of its use.
 
@@ -146,7 +147,7 @@ def _placed(
     if not isinstance(array, jax.Array):
       array = jax.device_put(np.asarray(array, np.float32), shardings.get(path))
     tree = flax.traverse_util.unflatten_dict({path: array}, sep='/')
-    tree = cast(unstack(tree, config, split_experts), config)
+    tree = cast(unstack(tree, config, form), config)
     flat |= flax.traverse_util.flatten_dict(tree, sep='/')
   return flax.traverse_util.unflatten_dict(flat, sep='/')
 

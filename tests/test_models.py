@@ -12,7 +12,8 @@ import numpy as np
 
 from openmoe.config import Dispatch, ModelConfig, MoEConfig
 from openmoe.inference.decode import inference_config
-from openmoe.models.openmoe import Residual, token_mask, training_mask
+from openmoe.layers.dense import packed_mask
+from openmoe.models.openmoe import Residual, token_mask
 from openmoe.train_state import abstract_params, build_model, empty_batch
 from openmoe.types import Batch
 
@@ -68,7 +69,7 @@ def test_attention_stays_inside_a_segment():
     targets=jnp.array([[4, 5, 6, 0]]), segment_ids=jnp.array([[1, 1, 2, 0]])
   )
   want = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
-  assert training_mask(batch)[0].astype(int).tolist() == want
+  assert packed_mask(batch.segment_ids, batch.targets > 0)[0].astype(int).tolist() == want
 
 
 def test_packed_segments_do_not_see_each_other():

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from openmoe.config import Architecture, ModelConfig
-from openmoe.models.openmoe import group_shape
+from openmoe.models.common import group_shape
 
 MOST_LAYERS = 4096
 _MOST_NEAR = 16

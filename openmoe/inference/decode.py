@@ -13,12 +13,14 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from openmoe import partitioning
 from openmoe.config import ConfigError, Dispatch, ModelConfig
+from openmoe.inference.cpu_experts import run_experts
 from openmoe.models import Cache, build_model, init_decode_cache
 from openmoe.types import Array, PyTree, RouterStats
 
@@ -66,7 +68,7 @@ def inference_config(config: ModelConfig, capacity: bool = False) -> ModelConfig
   if config.moe is None:
     return config
   if capacity:
-    if config.moe.dispatch.dropless:
+    if config.moe.dispatch is Dispatch.DROPLESS:
       raise ConfigError(
         f'{config.name} has dispatch={config.moe.dispatch.value!r}, which knows no capacity: leave '
         "capacity off, or give it a dispatch of 'scatter' or 'mask'."
@@ -75,17 +77,20 @@ def inference_config(config: ModelConfig, capacity: bool = False) -> ModelConfig
   else:
     # Groups of one token: they only say who competes, and any number of rows divides into them.
     moe = dataclasses.replace(
-      config.moe, dispatch=Dispatch.CHOSEN, ignore_padding=True, group_size=1
+      config.moe, dispatch=Dispatch.DROPLESS, ignore_padding=True, group_size=1
     )
   return dataclasses.replace(config, moe=moe)
 
 
-def for_tokens(config: ModelConfig, tokens: int) -> ModelConfig:
-  """With the largest routing group that divides so many tokens; only capacity makes it matter."""
-  if config.moe is None or config.moe.dispatch.dropless:
-    return config
-  size = next(n for n in range(min(config.moe.group_size, tokens), 0, -1) if tokens % n == 0)
-  return dataclasses.replace(config, moe=dataclasses.replace(config.moe, group_size=size))
+def decoder(config: ModelConfig, tokens: int) -> nn.Module:
+  """The model for calls of so many tokens: with the largest routing group that divides them.
+
+  Only capacity makes groups matter.
+  """
+  if config.moe is not None and config.moe.dispatch is not Dispatch.DROPLESS:
+    size = next(n for n in range(min(config.moe.group_size, tokens), 0, -1) if tokens % n == 0)
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, group_size=size))
+  return build_model(config, run_experts=run_experts)
 
 
 def sample(
@@ -128,7 +133,7 @@ class Drops:
 
   def add(self, config: ModelConfig, stats: RouterStats | None, tokens: Array) -> Drops:
     """Counts a call's statistics by its real tokens; where nothing is dropped, not at all."""
-    if stats is None or config.moe.dispatch.dropless:
+    if stats is None or config.moe.dispatch is Dispatch.DROPLESS:
       return self  # and so XLA leaves out all statistics, a twentieth of a small step on a CPU
     tokens = tokens.astype(jnp.float32)
     dropped = self.dropped + jnp.mean(stats.dropped_fraction) * tokens
@@ -187,7 +192,7 @@ def prefill(
   real_bt = jnp.arange(t) < length_b[:, None]
   mask_bts = jnp.tril(jnp.ones((t, t), bool)) & real_bt[..., None]
   positions_bt = jnp.where(real_bt, jnp.arange(t), -1)
-  out = build_model(for_tokens(config, b * t)).apply(
+  out = decoder(config, b * t).apply(
     {'params': params},
     tokens_bt,
     positions_bt,
@@ -230,7 +235,7 @@ def _loop(params, config, state: State, limit, program, temperature, top_p, eos_
   """Steps until `limit` tokens are there or every row is done."""
   t, n = state.prompt_slots, state.tokens_bn.shape[1]
   slot_s = jnp.arange(t + n)
-  model = build_model(for_tokens(config, state.length_b.shape[0]))
+  model = decoder(config, state.length_b.shape[0])
 
   def body(state: State) -> State:
     last = state.step - 1  # of the token that is fed

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from openmoe import partitioning
-from openmoe.config import ConfigError, ModelConfig
+from openmoe.config import ConfigError, Dispatch, ModelConfig
 from openmoe.inference.chat import OPENMOE, ChatTemplate, Messages
 from openmoe.inference.decode import Drops, Sampling, State, bucket, extend, inference_config, start
-from openmoe.inference.placement import cast, fingerprint, splits_experts, turn_experts
+from openmoe.inference.placement import cast, expert_form, fingerprint, turn_experts
 from openmoe.inference.scoring import score
 from openmoe.models import unstack
 from openmoe.types import PyTree
@@ -144,10 +144,10 @@ class LanguageModel:
     self._rows = batch_rows
     self._dropped = self._routed = 0.0
     if not unstacked:
-      params = unstack(params, config, splits_experts(mesh, capacity))
+      params = unstack(params, config, expert_form(config, mesh, capacity))
     with self._on_mesh():
       params = jax.tree.map(jnp.asarray, cast(params, config))
-      self.params = params if mesh is not None else turn_experts(params, config)
+      self.params = params if mesh is not None else turn_experts(params)
 
   def _on_mesh(self):
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -324,7 +324,7 @@ class LanguageModel:
       )
 
   def _note_drops(self, drops: Drops) -> None:
-    if self.config.moe is None or self.config.moe.dispatch.dropless:
+    if self.config.moe is None or self.config.moe.dispatch is Dispatch.DROPLESS:
       return
     dropped, routed = float(drops.dropped), float(drops.routed)
     self._dropped, self._routed = self._dropped + dropped, self._routed + routed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -16,8 +16,8 @@ from jax.experimental import multihost_utils
 
 from openmoe import partitioning
 from openmoe.config import MeshConfig, ModelConfig
-from openmoe.layers.moe.experts import TURNED, split_name, turn
-from openmoe.models import is_expert_kernel
+from openmoe.inference.cpu_experts import PerExpert, is_split
+from openmoe.models import gives_embeddings, is_expert_kernel
 from openmoe.types import PyTree
 
 TURNED_BYTES = 1 << 30  # of all copies; large experts gain little from them
@@ -50,30 +50,27 @@ def inference_mesh(
   return mesh
 
 
-def splits_experts(mesh: jax.sharding.Mesh | None, capacity: bool) -> bool:
-  """Whether inference here wants an array for every expert; see layers.experts."""
+def expert_form(
+  config: ModelConfig, mesh: jax.sharding.Mesh | None, capacity: bool
+) -> Callable[[str, jax.Array], PerExpert] | None:
+  """Form of experts' kernels for models.unstack here: an array for every expert on CPUs."""
   whole = mesh is None or mesh.shape[partitioning.EXPERT] == 1
-  return jax.default_backend() == 'cpu' and whole and not capacity
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  if device.platform != 'cpu' or not whole or capacity:
+    return None
+  return lambda path, stack: PerExpert(tuple(stack), sums=gives_embeddings(path, config))
 
 
-def turn_experts(params: PyTree, config: ModelConfig) -> PyTree:
-  """Adds all experts of a kernel turned, if they are split and their copies stay small.
+def turn_experts(params: PyTree) -> PyTree:
+  """Turns all experts of every kernel as well, if they are split and the copies stay small.
 
   Args:
-    params: as models.unstack gives them; leaves `kernel_0` [i, ...], ... of one device.
-
-  Returns:
-    The same with a `kernel_turned` beside them (layers.experts.turn), or params as they were.
+    params: as models.unstack gives them, of one device.
   """
-  flat = flax.traverse_util.flatten_dict(params, sep='/')
-  first = f'/{split_name(0)}'
-  heads = [path.removesuffix(first) for path in flat if path.endswith(first)]
-  arrays = {h: [flat[f'{h}/{split_name(e)}'] for e in range(config.moe.num_experts)] for h in heads}
-  if sum(x.nbytes for kernels in arrays.values() for x in kernels) > TURNED_BYTES:
+  leaves = jax.tree.leaves(params, is_leaf=is_split)
+  if sum(x.nbytes for leaf in leaves if is_split(leaf) for x in leaf.arrays) > TURNED_BYTES:
     return params
-  for head, kernels in arrays.items():
-    flat[f'{head}/{TURNED}'] = turn(kernels, sums=head.endswith(('/wo', '/out')))
-  return flax.traverse_util.unflatten_dict(flat, sep='/')
+  return jax.tree.map(lambda x: x.turn() if is_split(x) else x, params, is_leaf=is_split)
 
 
 def cast(params: PyTree, config: ModelConfig) -> PyTree:
@@ -84,7 +81,7 @@ def cast(params: PyTree, config: ModelConfig) -> PyTree:
   dtype = jnp.dtype(config.dtype)
 
   def one(path, x):
-    names = [key.key for key in path]
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
     narrow = names[0].startswith('layer_') and 'router' not in names and x.ndim > 1
     return x.astype(dtype) if narrow and x.dtype != dtype else x
 
@@ -111,13 +108,10 @@ def fingerprint(config: ModelConfig, params: PyTree) -> str:
   digest = hashlib.sha256(config_digest(config).encode())
   pieces: list[tuple[str, int, jax.Array]] = []
   for path, leaf in flax.traverse_util.flatten_dict(params, sep='/').items():
-    stem, _, expert = path.rpartition('_')
-    if path.endswith(f'/{TURNED}'):
-      continue  # a copy
-    if is_expert_kernel(path, config):
+    if is_split(leaf):
+      pieces += [(path, e, x) for e, x in enumerate(leaf.arrays)]
+    elif is_expert_kernel(path, config):
       pieces += [(path, e, leaf[e]) for e in range(leaf.shape[0])]
-    elif stem.endswith('/kernel'):
-      pieces.append((stem, int(expert), leaf))
     else:
       pieces.append((path, 0, leaf))
   for path, expert, leaf in sorted(pieces, key=lambda piece: piece[:2]):

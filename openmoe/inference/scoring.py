@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from openmoe import partitioning
 from openmoe.config import ModelConfig
-from openmoe.inference.decode import Drops, for_tokens, output_logits, prefill
-from openmoe.models import build_model
+from openmoe.inference.decode import Drops, decoder, output_logits, prefill
 from openmoe.types import Array, PyTree
 
 LOGITS = 1 << 27  # numbers of a block of logits; with a large vocabulary all would not fit
@@ -44,7 +43,7 @@ def _continued(
   own_ts = (slot_s >= first) & (slot_s <= first + place_t[:, None])
   mask_rts = (context_rs[:, None] | own_ts) & real_rt[..., None]
   positions_rt = jnp.where(real_rt, length_r[:, None] + place_t, -1)
-  out = build_model(for_tokens(config, r * t)).apply(
+  out = decoder(config, r * t).apply(
     {'params': params}, tokens_rt, positions_rt, mask_rts, cache, first, method='decode'
   )
   return out.hidden_btd, out.router_stats

@@ -10,7 +10,7 @@ import flax.struct
 import jax.numpy as jnp
 
 from openmoe.config import ModelConfig
-from openmoe.layers.mlp import Kernel
+from openmoe.layers.dense import Kernel
 from openmoe.models import build_model
 from openmoe.types import Array, Batch, RouterStats
 

@@ -6,39 +6,21 @@ ordinary dense decoder, which is what upcycling starts from.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from openmoe import partitioning
 from openmoe.config import ModelConfig
-from openmoe.layers.attention import KVCache
-from openmoe.layers.embed import Embed
-from openmoe.layers.mlp import SWIGLU
+from openmoe.layers.dense import SWIGLU, Embed, KVCache, RMSNorm, packed_mask
+from openmoe.layers.moe.exchange import through_experts
 from openmoe.layers.moe.layer import MoeLayer
 from openmoe.layers.moe.moa import MixtureOfAttention
-from openmoe.layers.norm import RMSNorm
-from openmoe.models.openmoe import (
-  ACT,
-  BlockContext,
-  Cache,
-  ModelOutput,
-  decode_context,
-  final_norm_epsilon,
-  layer_name,
-  rematerialised,
-  scanned,
-  unrolled,
-)
+from openmoe.models.common import ACT, BlockContext, Cache, ModelOutput, rematerialised, scanned
+from openmoe.models.decoding import decode_context, layer_name, unrolled
 from openmoe.types import Array, Batch, RouterStats
-
-
-def packed_mask(segment_ids_bt: Array) -> Array:
-  """bool [b, t, s]: causal, inside one segment, not at padding (segment 0)."""
-  t = segment_ids_bt.shape[1]
-  causal_ts = jnp.tril(jnp.ones((t, t), bool))
-  same_bts = segment_ids_bt[:, :, None] == segment_ids_bt[:, None, :]
-  return causal_ts & same_bts & (segment_ids_bt > 0)[:, None, :]
 
 
 class JetMoEBlock(nn.Module):
@@ -46,6 +28,7 @@ class JetMoEBlock(nn.Module):
 
   config: ModelConfig
   train: bool
+  run_experts: Callable[..., Array] = through_experts
 
   @nn.compact
   def __call__(
@@ -66,6 +49,7 @@ class JetMoEBlock(nn.Module):
       init,
       cfg.rope_theta,
       cfg.dropout_rate,
+      self.run_experts,
       name='attention',
     )
     where = (context.mask_bts, context.positions_bt, train, cache, context.cache_slot)
@@ -76,11 +60,11 @@ class JetMoEBlock(nn.Module):
       cfg.moe,
       cfg.mlp_dim,
       dtype,
-      cfg.init_scale,
+      lambda out_axis: init,
       cfg.dropout_rate,
-      gating=SWIGLU,
+      SWIGLU,
       bias=True,
-      init_std=cfg.init_std,
+      run_experts=self.run_experts,
       name='moe',
     )
     y_btd, mlp_stats = moe(normed('pre_mlp_norm'), valid_bt, train)
@@ -93,12 +77,14 @@ class JetMoE(nn.Module):
   """Decoder-only language model with the interface of openmoe.OpenMoE."""
 
   config: ModelConfig
+  run_experts: Callable[..., Array] = through_experts
 
   @nn.compact
   def __call__(self, batch: Batch, train: bool) -> ModelOutput:
     """Runs packed rows; rotary positions start again with every example."""
-    real_bt1 = (batch.segment_ids > 0)[..., None]
-    context = BlockContext(packed_mask(batch.segment_ids), real_bt1, batch.positions)
+    real_bt = batch.segment_ids > 0
+    mask_bts = packed_mask(batch.segment_ids, real_bt)
+    context = BlockContext(mask_bts, real_bt[..., None], batch.positions)
     return self._run(batch.inputs, context, None, train)
 
   @nn.compact
@@ -126,16 +112,11 @@ class JetMoE(nn.Module):
       stack = scanned(block, cfg.num_layers, 'layers', (0, nn.broadcast))
       r_btd, (_, stats) = stack(cfg, train, name='decoder')(r_btd, None, context)
     else:
-      block = lambda layer: JetMoEBlock(cfg, train, name=layer_name(layer))
+      block = lambda layer: JetMoEBlock(cfg, train, self.run_experts, name=layer_name(layer))
       calls = [lambda r, kv, i=i: block(i)(r, kv, context) for i in range(cfg.num_layers)]
       r_btd, cache, stats = unrolled(calls, r_btd, cache)
     # [layers, 2, ...] -> one row a router, attention before MLP.
     stats = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stats)
-    hidden = RMSNorm(dtype, final_norm_epsilon(cfg), name='decoder_norm')(r_btd)
+    hidden = RMSNorm(dtype, cfg.last_norm_epsilon, name='decoder_norm')(r_btd)
     hidden = hidden * context.token_mask_bt1.astype(dtype)
     return ModelOutput(hidden, embed.table_vd.T, stats, cache)
-
-
-def layer_index(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
-  """Where the parameters of each layer lie in the scanned tree: (path, leading indices)."""
-  return [('decoder', (layer,)) for layer in range(config.num_layers)]

@@ -1,85 +1,34 @@
 """The OpenMoE decoder: dense blocks, every p-th one sparse; OpenLLaMA is the same without sparse.
 
 Layers come in equal groups of p - 1 dense blocks and one sparse block. Groups are scanned, and so
-are the dense blocks inside a group, so the program does not grow with depth.
-
-Decoding is not scanned: every layer has parameters and a cache of its own there (models.unstack).
-A scan would copy the cache of all layers for every token, and the matrices of all experts where
-two are wanted.
+are the dense blocks inside a group, so the program does not grow with depth. Decoding is not
+scanned (decoding.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from openmoe import partitioning
-from openmoe.config import ModelConfig, Remat
-from openmoe.layers.attention import Attention, KVCache
-from openmoe.layers.embed import Embed
-from openmoe.layers.mlp import Kernel, Mlp
-from openmoe.layers.moe.layer import MoeLayer
-from openmoe.layers.norm import RMSNorm
+from openmoe.config import ModelConfig
+from openmoe.layers.dense import Attention, Embed, Kernel, KVCache, Mlp, RMSNorm, packed_mask
+from openmoe.layers.moe.exchange import through_experts
+from openmoe.layers.moe.layer import MoeLayer, scaled_init
+from openmoe.models.common import (
+  ACT,
+  BlockContext,
+  Cache,
+  ModelOutput,
+  group_shape,
+  rematerialised,
+  scanned,
+)
+from openmoe.models.decoding import decode_context, layer_name, unrolled
 from openmoe.types import Array, Batch, RouterStats
-
-ACT = ('act_batch', 'act_length', 'act_embed')
-Cache = tuple[KVCache, ...]  # one a layer
-
-
-@flax.struct.dataclass
-class ModelOutput:
-  """What every model returns.
-
-  Attributes:
-    hidden_btd: final normed hidden states in the activation dtype; zero rows at padding.
-    output_kernel_dv: float32 kernel of the output layer. The logits are hidden @ kernel in
-      float32; the loss computes them in vocabulary blocks, so they are not returned.
-    router_stats: stacked over sparse layers (leading l), None for a dense model.
-    cache: updated key-value caches, None outside decoding.
-  """
-
-  hidden_btd: Array
-  output_kernel_dv: Array
-  router_stats: RouterStats | None
-  cache: Cache | None = None
-
-  def logits(self) -> Array:
-    """float32 [b, t, v]; for tests and decoding, where few positions are wanted."""
-    return self.hidden_btd.astype(jnp.float32) @ self.output_kernel_dv
-
-
-@flax.struct.dataclass
-class BlockContext:
-  """What all blocks share.
-
-  Attributes:
-    mask_bts: bool, True where a query may look at a key.
-    token_mask_bt1: 1 for real tokens, in the activation dtype; multiplies every block input.
-    positions_bt: int32 rotary positions.
-    cache_slot: int32 scalar, first cache slot to write, or None.
-  """
-
-  mask_bts: Array
-  token_mask_bt1: Array
-  positions_bt: Array
-  cache_slot: Array | int | None = None
-
-
-def decode_context(positions_bt: Array, mask_bts: Array, cache_slot: Array | int) -> BlockContext:
-  """Of a call that extends cached rows; positions < 0 mark padding."""
-  real_bt1 = (positions_bt >= 0)[..., None]
-  return BlockContext(mask_bts, real_bt1, jnp.maximum(positions_bt, 0), cache_slot)
-
-
-def final_norm_epsilon(config: ModelConfig) -> float:
-  """Of the norm after the last block."""
-  given = config.final_norm_epsilon
-  return config.norm_epsilon if given is None else given
 
 
 def token_mask(inputs_bt: Array) -> Array:
@@ -91,15 +40,6 @@ def token_mask(inputs_bt: Array) -> Array:
   following = jnp.pad(inputs_bt[:, 1:], ((0, 0), (0, 1)))
   first = jnp.arange(inputs_bt.shape[1]) == 0
   return (inputs_bt > 0) | (following > 0) | first
-
-
-def training_mask(batch: Batch) -> Array:
-  """bool [b, t, s]: causal, inside one segment, real tokens only. Prefixes are causal too."""
-  t = batch.targets.shape[1]
-  causal_ts = jnp.tril(jnp.ones((t, t), bool))
-  real_bt = batch.targets > 0
-  same_bts = batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :]
-  return causal_ts & same_bts & real_bt[:, :, None] & real_bt[:, None, :]
 
 
 class Residual(nn.Module):
@@ -130,6 +70,7 @@ class Block(nn.Module):
   config: ModelConfig
   sparse: bool
   train: bool
+  run_experts: Callable[..., Array] = through_experts
 
   @nn.compact
   def __call__(
@@ -165,54 +106,20 @@ class Block(nn.Module):
 
     wide = jnp.zeros((), bool)  # the float32 MoE output ends the narrow part of the stream
     valid_bt = context.token_mask_bt1[..., 0] > 0
-    y, stats = MoeLayer(cfg.moe, *sizes, name='moe')(x, valid_bt, train)
+    moe = MoeLayer(
+      cfg.moe,
+      cfg.mlp_dim,
+      dtype,
+      scaled_init(cfg.init_scale),
+      cfg.dropout_rate,
+      run_experts=self.run_experts,
+      name='moe',
+    )
+    y, stats = moe(x, valid_bt, train)
     r_btd = residual(r_btd, y, wide, train)
     x = normed('pre_extra_mlp_norm', r_btd)
     y = Mlp(*sizes, name='extra_mlp')(x, train)
     return residual(r_btd, y, wide, train), (cache, stats)
-
-
-def rematerialised(module, remat: Remat):
-  """A block class that recomputes in the backward pass what the config says."""
-  match remat:
-    case Remat.NONE:
-      return module
-    case Remat.DOTS:
-      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    case Remat.FULL:
-      policy = None
-  return nn.remat(module, policy=policy, prevent_cse=False)
-
-
-def scanned(module, length: int, axis: str, in_axes):
-  return nn.scan(
-    module,
-    variable_axes={'params': 0},
-    split_rngs={'params': True, 'dropout': True},
-    in_axes=in_axes,
-    length=length,
-    metadata_params={nn.PARTITION_NAME: axis},
-  )
-
-
-def layer_name(layer: int) -> str:
-  """Of a layer's parameters in the tree of models.unstack."""
-  return f'layer_{layer}'
-
-
-def unrolled(calls: Sequence[Callable], r_btd: Array, cache: Cache) -> tuple[Array, Cache, Any]:
-  """Runs blocks one after the other: (stream, their caches, statistics stacked over routers).
-
-  Args:
-    calls: (stream, cache) -> (stream, (cache, statistics or None)) for every block.
-  """
-  caches, stats = [], []
-  for call, kv in zip(calls, cache, strict=True):
-    r_btd, (kv, seen) = call(r_btd, kv)
-    caches.append(kv)
-    stats += [] if seen is None else [seen]
-  stacked = jax.tree.map(lambda *x: jnp.stack(x), *stats) if stats else None
-  return r_btd, tuple(caches), stacked
 
 
 class BlockGroup(nn.Module):
@@ -238,17 +145,15 @@ class BlockGroup(nn.Module):
     return r_btd, stats
 
 
-def group_shape(config: ModelConfig) -> tuple[int, int, bool]:
-  """(groups, dense blocks per group, whether a sparse block closes each group)."""
-  if config.num_sparse_layers:
-    return config.num_sparse_layers, config.sparse_period - 1, True
-  return 1, config.num_layers, False
-
-
 class OpenMoE(nn.Module):
-  """Decoder-only language model."""
+  """Decoder-only language model.
+
+  Attributes:
+    run_experts: how `decode` moves rows to experts and back.
+  """
 
   config: ModelConfig
+  run_experts: Callable[..., Array] = through_experts
 
   @nn.compact
   def __call__(self, batch: Batch, train: bool) -> ModelOutput:
@@ -257,7 +162,8 @@ class OpenMoE(nn.Module):
     positions = jnp.arange(batch.inputs.shape[1], dtype=jnp.int32)[None]
     # Rotary positions count along the row and do not restart per segment, as released.
     positions_bt = jnp.broadcast_to(positions, batch.inputs.shape)
-    context = BlockContext(training_mask(batch), mask_bt[..., None], positions_bt)
+    mask_bts = packed_mask(batch.segment_ids, batch.targets > 0)
+    context = BlockContext(mask_bts, mask_bt[..., None], positions_bt)
     return self._run(batch.inputs, context, None, train)
 
   @nn.compact
@@ -297,7 +203,7 @@ class OpenMoE(nn.Module):
     else:
       calls = [self._layer(i, context) for i in range(cfg.num_layers)]
       r_btd, cache, stats = unrolled(calls, r_btd, cache)
-    hidden = dropout(RMSNorm(dtype, final_norm_epsilon(cfg), name='decoder_norm')(r_btd))
+    hidden = dropout(RMSNorm(dtype, cfg.last_norm_epsilon, name='decoder_norm')(r_btd))
     hidden = hidden * context.token_mask_bt1
     init = nn.initializers.variance_scaling(cfg.init_scale, 'fan_in', 'truncated_normal')
     shape, axes = (cfg.embed_dim, cfg.vocab_size), ('embed', 'vocab')
@@ -308,16 +214,7 @@ class OpenMoE(nn.Module):
     """One block of decoding, for `unrolled`."""
     cfg = self.config
     narrow = jnp.asarray(not cfg.num_sparse_layers or layer < cfg.sparse_period)
-    block = lambda: Block(cfg, layer in cfg.sparse_layers, False, name=layer_name(layer))
+    block = lambda: Block(
+      cfg, layer in cfg.sparse_layers, False, self.run_experts, name=layer_name(layer)
+    )
     return lambda r_btd, kv: block()(r_btd, kv, narrow, context)
-
-
-def layer_index(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
-  """Where the parameters of each layer lie in the scanned tree: (path, leading indices)."""
-  groups, num_dense, sparse = group_shape(config)
-  period, found = num_dense + int(sparse), []
-  for layer in range(groups * period):
-    group, place = divmod(layer, period)
-    is_dense = place < num_dense
-    found.append(('decoder/dense', (group, place)) if is_dense else ('decoder/sparse', (group,)))
-  return found

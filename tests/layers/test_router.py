@@ -129,7 +129,7 @@ def test_statistics_against_loops(capacity):
 def _routed(config: MoEConfig, x, valid, train: bool):
   router = Router(config)
   params = nn.unbox(router.init(jax.random.key(0), x, valid, False))
-  return router.apply(params, x, valid, train, rngs={'dropout': jax.random.key(1)})[0]
+  return router.apply(params, x, valid, train, rngs={'dropout': jax.random.key(1)})
 
 
 def test_padding_goes_to_experts_0_and_1_unless_ignored():

@@ -1,4 +1,4 @@
-"""The sparse layer: router decides, dispatcher moves (transport.py), experts compute."""
+"""The sparse layer: router decides, exchange.py moves, experts compute."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ import jax
 import jax.numpy as jnp
 
 from openmoe import partitioning
-from openmoe.config import ConfigError, MoEConfig
-from openmoe.layers.mlp import DOUBLE_SWIGLU, Gating
-from openmoe.layers.moe.exchange import gathered, scattered, through_experts
-from openmoe.layers.moe.experts import ExpertKernel, Stack, times
-from openmoe.layers.moe.grouped.api import Segments, choose_kernel, grouped_mlp
+from openmoe.config import ConfigError, Dispatch, MoEConfig
+from openmoe.layers.dense import DOUBLE_SWIGLU, Gating
+from openmoe.layers.moe.exchange import (
+  ExpertPlan,
+  Segments,
+  through_experts,
+  through_slots,
+  times,
+)
+from openmoe.layers.moe.grouped.api import choose_kernel
+from openmoe.layers.moe.grouped.sorted import through_segments
+from openmoe.layers.moe.masks import through_masks
 from openmoe.layers.moe.router import Router
-from openmoe.types import Array, RouterStats, Routing
+from openmoe.types import Array, PyTree, RouterStats, Routing
 
 
 @flax.struct.dataclass
@@ -32,9 +39,9 @@ class ExpertWeights:
       expert drops the same units for all of its tokens.
   """
 
-  wi_0_eduf: Stack
-  wi_1_edf: Stack | None
-  wo_efd: Stack
+  wi_0_eduf: Array
+  wi_1_edf: Array | None
+  wo_efd: Array
   keep_ef: Array | None = None
 
 
@@ -44,6 +51,38 @@ WEIGHT_AXES = ExpertWeights(
   wo_efd=('expert', 'expert_mlp', None),
   keep_ef=('expert', 'expert_mlp'),
 )
+
+
+def make_plan(
+  dispatch: Dispatch,
+  kernel_eIO: Array,
+  kernel_axes: tuple[str | None, ...],
+  *,
+  in_axes: tuple,
+  weight_axes: PyTree,
+  out_axes: tuple,
+  combine: bool,
+) -> ExpertPlan:
+  """How a layer moves its rows on this mesh and platform.
+
+  Args:
+    kernel_eIO: one of the layer's kernels; its sides on one device and its dtype choose who
+      multiplies without capacity.
+    kernel_axes: logical axes of that kernel.
+  """
+  axes = {
+    'in_axes': in_axes, 'weight_axes': weight_axes, 'out_axes': out_axes, 'combine': combine
+  }  # fmt: skip
+  match dispatch:
+    case Dispatch.SCATTER:
+      return ExpertPlan(through_slots, **axes)
+    case Dispatch.MASK:
+      return ExpertPlan(through_masks, **axes)
+    case Dispatch.DROPLESS:
+      sides = partitioning.local_shape(kernel_eIO.shape, kernel_axes)[1:]
+      kernel = choose_kernel(*partitioning.target(), kernel_eIO.dtype, *sides)
+      move = functools.partial(through_segments, kernel=kernel)
+      return ExpertPlan(move, **axes, typed=not kernel.untyped)
 
 
 def resolve_groups(num_tokens: int, group_size: int) -> int:
@@ -64,8 +103,8 @@ def resolve_groups(num_tokens: int, group_size: int) -> int:
 
 def route_groups(
   x_btd: Array, valid_bt: Array | None, config: MoEConfig, train: bool
-) -> tuple[Array, Routing, int | None]:
-  """Tokens in routing groups [g, t, d], what the layer's router decides for them, the capacity.
+) -> tuple[Array, Routing]:
+  """Tokens in routing groups [g, t, d], and what the layer's router decides for them.
 
   For use inside a module: makes its submodule `router`.
   """
@@ -73,8 +112,28 @@ def route_groups(
   size = resolve_groups(b * t, config.group_size)
   x_gtd = partitioning.shard(x_btd.reshape(-1, size, d), ('act_group', None, 'act_embed'))
   valid_gt = None if valid_bt is None else valid_bt.reshape(-1, size)
-  routing, capacity = Router(config, name='router')(x_gtd, valid_gt, train)
-  return x_gtd, routing, capacity
+  return x_gtd, Router(config, name='router')(x_gtd, valid_gt, train)
+
+
+class ExpertKernel(nn.Module):
+  """A float32 stack of experts' kernels named `kernel`.
+
+  The parameter may be anything that has the stack's shape and stands for it, so that inference
+  can lay experts out as it needs them; such a form comes with a run_experts that takes it.
+  """
+
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]
+  init: nn.initializers.Initializer
+
+  @nn.compact
+  def __call__(self) -> Array:
+    if self.is_initializing():
+      init = nn.with_logical_partitioning(self.init, self.axes)
+      return self.param('kernel', init, self.shape, jnp.float32)
+    kernel = nn.unbox(self.get_variable('params', 'kernel'))
+    assert kernel.shape == self.shape, (self.path, kernel.shape, self.shape)
+    return kernel
 
 
 class Experts(nn.Module):
@@ -110,57 +169,44 @@ class Experts(nn.Module):
     return ExpertWeights(wi_0_eduf, wi_1_edf, wo_efd, keep_ef)
 
 
-def _kernel_init(scale: float, std: float | None) -> Callable:
-  """For Experts.kernel_init; see MoeLayer."""
-  if std is not None:
-    return lambda out_axis: nn.initializers.normal(std)
+def scaled_init(scale: float) -> Callable:
+  """For Experts.kernel_init: variance scale / fan_in."""
   return lambda out_axis: nn.initializers.variance_scaling(
     scale, 'fan_in', 'normal', in_axis=1, out_axis=out_axis, batch_axis=0
   )
 
 
-def _experts_on_buffers(buffer_erd: Array, weights: ExpertWeights, gating: Gating) -> Array:
-  """Each expert's MLP on its own buffer, [e, r, d] -> [e, r, d]."""
-  gate_eruf = times(buffer_erd, weights.wi_0_eduf)
-  linear_erf = None
-  if weights.wi_1_edf is not None:
-    linear_erf = times(buffer_erd, weights.wi_1_edf)
-  h_erf = gating.activation(gate_eruf, linear_erf)
-  if weights.keep_ef is not None:
-    h_erf = h_erf * weights.keep_ef[:, None]
-  return times(h_erf, weights.wo_efd)
-
-
-def _experts(
+def _gated_mlp(
   weights: ExpertWeights, rows: Array, segments: Segments | None, *, gating: Gating
 ) -> Array:
-  """One device's experts on what was routed to them; see transport.through_experts."""
-  rows = gathered(rows)
-  if segments is None:
-    return scattered(_experts_on_buffers(rows, weights, gating))
-  e, d = weights.wi_0_eduf.shape[:2]
-  wi_0_edp = weights.wi_0_eduf.reshape(e, d, -1)
-  rest = (weights.wi_1_edf, weights.wo_efd, weights.keep_ef)
-  return scattered(grouped_mlp(rows, wi_0_edp, *rest, segments, gating.activation))
+  """One device's experts on what was routed to them; see exchange.Compute."""
+  if segments is not None:
+    return segments.mlp(rows, weights, gating.activation)
+  gate_eRuf = times(rows, weights.wi_0_eduf, None)
+  linear_eRf = None if weights.wi_1_edf is None else times(rows, weights.wi_1_edf, None)
+  h_eRf = gating.activation(gate_eRuf, linear_eRf)
+  if weights.keep_ef is not None:
+    h_eRf = h_eRf * weights.keep_ef[:, None]
+  return times(h_eRf, weights.wo_efd, None)
 
 
 class MoeLayer(nn.Module):
   """Mixture of gated MLPs. Dropped tokens get 0 (or the bias): the residual carries them.
 
   Attributes:
-    init_scale: every expert's kernels start with variance init_scale / fan_in.
-    init_std: in place of it, one standard deviation for all kernels.
+    kernel_init: see Experts.
     bias: whether one vector, shared by all experts and not gated, is added to every output.
+    run_experts: moves rows to experts and back; inference may bring a way of its own.
   """
 
   config: MoEConfig
   mlp_dim: int
   dtype: jnp.dtype
-  init_scale: float
+  kernel_init: Callable[[int | tuple[int, ...]], nn.initializers.Initializer]
   dropout_rate: float = 0.0
   gating: Gating = DOUBLE_SWIGLU
   bias: bool = False
-  init_std: float | None = None
+  run_experts: Callable[..., Array] = through_experts
 
   @nn.compact
   def __call__(
@@ -171,22 +217,28 @@ class MoeLayer(nn.Module):
     The output is float32 because the float32 combine weights promote it; from here on the
     residual stream of the model is float32 too.
     """
-    x_gtd, routing, capacity = route_groups(x_btd, valid_bt, self.config, train)
-    weights = Experts(
-      self.config.num_experts,
-      self.mlp_dim,
-      self.dtype,
-      _kernel_init(self.init_scale, self.init_std),
-      self.dropout_rate,
-      self.gating,
-      name='experts',
-    )(x_btd.shape[-1], train)
-    y_gtd = apply_experts(
-      x_gtd.astype(self.dtype), routing, weights, self.config, capacity, self.gating
+    cfg, d = self.config, x_btd.shape[-1]
+    x_gtd, routing = route_groups(x_btd, valid_bt, cfg, train)
+    sizes = (cfg.num_experts, self.mlp_dim, self.dtype)
+    weights = Experts(*sizes, self.kernel_init, self.dropout_rate, self.gating, name='experts')(
+      d, train
     )
+    absent = {n: None for n in ('wi_1_edf', 'keep_ef') if getattr(weights, n) is None}
+    act_axes = ('act_group', None, 'act_embed_slice')
+    plan = make_plan(
+      cfg.dispatch,
+      weights.wo_efd,
+      WEIGHT_AXES.wo_efd,
+      in_axes=act_axes,
+      weight_axes=WEIGHT_AXES.replace(**absent),
+      out_axes=act_axes,
+      combine=True,
+    )
+    compute = functools.partial(_gated_mlp, gating=self.gating)
+    y_gtd = self.run_experts(compute, x_gtd.astype(self.dtype), weights, routing, plan)
     y_btd = y_gtd.reshape(x_btd.shape)
     if self.bias:
-      y_btd += output_bias(self, x_btd.shape[-1])
+      y_btd += output_bias(self, d)
     return y_btd, routing.stats
 
 
@@ -194,30 +246,3 @@ def output_bias(module: nn.Module, embed_dim: int) -> Array:
   """float32 parameter `bias` [d] of a module, 0 at first."""
   init = nn.with_logical_partitioning(nn.initializers.zeros, ('embed',))
   return module.param('bias', init, (embed_dim,), jnp.float32)
-
-
-def apply_experts(
-  x_gtd: Array,
-  routing: Routing,
-  weights: ExpertWeights,
-  config: MoEConfig,
-  capacity: int | None,
-  gating: Gating = DOUBLE_SWIGLU,
-) -> Array:
-  """Moves tokens to their experts and back, float32 [g, t, d]; per device under a mesh."""
-  # Every model shard moves only its slice of the embedding.
-  act_axes = ('act_group', None, 'act_embed_slice')
-  absent = {n: None for n in ('wi_1_edf', 'keep_ef') if getattr(weights, n) is None}
-  return through_experts(
-    functools.partial(_experts, gating=gating),
-    x_gtd,
-    weights,
-    routing,
-    config,
-    capacity,
-    kernel=choose_kernel(x_gtd.dtype, *weights.wo_efd.shape[1:]),
-    in_axes=act_axes,
-    weight_axes=WEIGHT_AXES.replace(**absent),
-    out_axes=act_axes,
-    combine=True,
-  )

@@ -8,7 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from openmoe.config import CapacityConvention, ConfigError, MoEConfig, RouterLoss, RouterOrder
+from openmoe.config import (
+  CapacityConvention,
+  ConfigError,
+  Dispatch,
+  MoEConfig,
+  RouterLoss,
+  RouterOrder,
+)
 from openmoe.types import Array, RouterStats, Routing
 
 
@@ -184,9 +191,7 @@ def route(
     expert_usage=served / slots,
     router_confidence=jnp.sum(weights_gtk * served_gtk) / jnp.maximum(served, 1),
   )
-  return Routing(
-    expert_index_gtk=index_gtk, combine_weights_gtk=weights_gtk, slot_gtk=slot_gtk, stats=stats
-  )
+  return Routing(index_gtk, weights_gtk, slot_gtk, stats, e, capacity)
 
 
 class Router(nn.Module):
@@ -195,10 +200,8 @@ class Router(nn.Module):
   config: MoEConfig
 
   @nn.compact
-  def __call__(
-    self, x_gtd: Array, valid_gt: Array | None, train: bool
-  ) -> tuple[Routing, int | None]:
-    """[g, t, d] -> the routing and the capacity it was made for (None: dropless)."""
+  def __call__(self, x_gtd: Array, valid_gt: Array | None, train: bool) -> Routing:
+    """[g, t, d] -> what is decided for its tokens."""
     cfg = self.config
     init = nn.with_logical_partitioning(
       nn.initializers.normal(cfg.router_init_std), ('embed', 'router')
@@ -212,7 +215,7 @@ class Router(nn.Module):
     # HIGHEST: the default would be bf16 passes on TPU and TF32 on NVIDIA.
     logits_gte = jnp.einsum('gtd,de->gte', x_gtd, kernel_de, precision=jax.lax.Precision.HIGHEST)
     capacity = None
-    if not cfg.dispatch.dropless:
+    if cfg.dispatch is not Dispatch.DROPLESS:
       factor = cfg.capacity_factor if train else cfg.eval_capacity_factor
       capacity = expert_capacity(
         x_gtd.shape[1],
@@ -223,4 +226,4 @@ class Router(nn.Module):
         min_capacity=cfg.min_expert_capacity,
       )
     valid = valid_gt if cfg.ignore_padding else None
-    return route(logits_gte, valid, cfg, capacity), capacity
+    return route(logits_gte, valid, cfg, capacity)

@@ -1,7 +1,7 @@
 """Grouped matmul: rows sorted by expert, each multiplied with its own expert's matrix.
 
 This file lays rows out in segments of one expert, and is the one place that chooses the kernel for
-the backend and the shapes; gradients are written by hand here, once for all kernels.
+the platform and the shapes; gradients are written by hand here, once for all kernels.
 `lax.ragged_dot` is not used: on CPU and GPU it expands to all experts for every row, and on TPU its
 weight gradient does (docs/LOG.md).
 """
@@ -16,9 +16,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from openmoe.layers.moe.dispatch import SlotMap, sorted_slots
+from openmoe.layers.moe.exchange import SlotMap, slot_map, take
 from openmoe.layers.moe.grouped import blocked, gpu, tpu
-from openmoe.types import Array
+from openmoe.types import Array, PyTree
 
 
 class Kernel(enum.Enum):
@@ -57,20 +57,51 @@ class Segments:
     expert_m = jnp.searchsorted(ends_e, jnp.arange(rows, dtype=jnp.int32), side='right')
     return jnp.minimum(expert_m, ends_e.size - 1)
 
+  def matmul(self, lhs_mi: Array, rhs_eio: Array) -> Array:
+    """See grouped_matmul."""
+    return grouped_matmul(lhs_mi, rhs_eio, self)
 
-def choose_kernel(dtype: jnp.dtype, *sides: int) -> Kernel:
-  """The kernel for this backend, for experts whose matrices have these sides.
+  def mlp(self, x_md: Array, weights: PyTree, activation: Callable) -> Array:
+    """See grouped_mlp; weights are layer.ExpertWeights."""
+    e, d = weights.wi_0_eduf.shape[:2]
+    wi_0_edp = weights.wi_0_eduf.reshape(e, d, -1)
+    rest = (weights.wi_1_edf, weights.wo_efd, weights.keep_ef)
+    return grouped_mlp(x_md, wi_0_edp, *rest, self, activation)
 
-  >>> choose_kernel(jnp.float32, 512, 1024) if jax.default_backend() == 'cpu' else Kernel.BLOCKED
-  <Kernel.BLOCKED: 'blocked'>
+
+def choose_kernel(platform: str, device_kind: str, dtype: jnp.dtype, *sides: int) -> Kernel:
+  """The kernel for one device, for experts whose matrices have these sides there.
+
+  >>> choose_kernel('gpu', 'NVIDIA H100 80GB HBM3', jnp.bfloat16, 2048, 5632)
+  <Kernel.MOSAIC_GPU: 'mosaic_gpu'>
+  >>> choose_kernel('gpu', 'NVIDIA H100 80GB HBM3', jnp.bfloat16, 2048, 5632 // 8)
+  <Kernel.PADDED: 'padded'>
   """
-  match jax.default_backend():
+  match platform:
     case 'tpu':
       return Kernel.MEGABLOX
     case 'gpu' | 'cuda' | 'rocm':
-      return Kernel.MOSAIC_GPU if gpu.supports(dtype, sides) else Kernel.PADDED
+      return Kernel.MOSAIC_GPU if gpu.supports(device_kind, dtype, sides) else Kernel.PADDED
     case _:
       return Kernel.BLOCKED
+
+
+def sorted_slots(expert_nk: Array, num_experts: int, start_e: Array, num_slots: int) -> SlotMap:
+  """Slots in expert order: the i-th row of expert e goes to start_e[e] + i.
+
+  Args:
+    expert_nk: int32; num_experts marks a row that is not routed.
+    start_e: int32 [num_experts] first slot of each expert's segment.
+  """
+  expert_r = expert_nk.reshape(-1)
+  order_r = jnp.argsort(expert_r, stable=True)
+  sorted_r = expert_r[order_r]
+  experts_e = jnp.arange(num_experts, dtype=sorted_r.dtype)
+  first_e = jnp.sum(expert_r[:, None] < experts_e, axis=0, dtype=jnp.int32)
+  rank_r = jnp.arange(expert_r.size, dtype=jnp.int32) - take(first_e, sorted_r)
+  slot_r = jnp.where(sorted_r < num_experts, take(start_e, sorted_r) + rank_r, num_slots)
+  slot_nk = jnp.zeros_like(expert_r).at[order_r].set(slot_r).reshape(expert_nk.shape)
+  return slot_map(slot_nk, num_slots)
 
 
 def block_layout(

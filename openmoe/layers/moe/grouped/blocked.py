@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from openmoe import partitioning
-from openmoe.layers.moe.experts import Stack, at_expert
-from openmoe.types import Array
+from openmoe.types import Array, PyTree
 
 # Large chunks first. An accumulation into a weight gradient costs as much as a product of about 50
-# rows, hence the large ones; ALIGNMENT is the most that an expert's last chunk can waste.
+# rows, hence the large ones; the smallest is the most that an expert's last chunk can waste.
 LADDER = (512, 256, 128, 64, 32, 16, 8)
 
 
@@ -73,7 +72,7 @@ def _zeros(shape: tuple[int, ...], dtype) -> Array:
   return partitioning.varying(jnp.zeros(shape, dtype))
 
 
-def _loop(parts: list[Chunks], body: Callable, carry):
+def loop(parts: list[Chunks], body: Callable, carry):
   """carry = body(rows, put, expert, carry) for every chunk; the sizes one after the other."""
   for part in parts:
 
@@ -87,8 +86,9 @@ def _loop(parts: list[Chunks], body: Callable, carry):
   return carry
 
 
-def _of(x: Array, expert: Array) -> Array:
-  return at_expert(lambda x: x, x, expert)
+def _of(weights: PyTree, expert: Array) -> PyTree:
+  """Weights of one expert from stacks [e, ...]."""
+  return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, expert, keepdims=False), weights)
 
 
 def _add_to(x_eio: Array, expert: Array, part_io: Array) -> Array:
@@ -100,15 +100,14 @@ _dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32
 _NN, _NT, _TN = [(((i,), (j,)), ((), ())) for i, j in ((1, 0), (1, 1), (0, 0))]
 
 
-def matmul(lhs_mi: Array, rhs_eio: Stack, parts: list[Chunks], transpose: bool) -> Array:
+def matmul(lhs_mi: Array, rhs_eio: Array, parts: list[Chunks], transpose: bool) -> Array:
   """Each row times its expert's matrix (transposed: rhs is [e, o, i]); [m, i] -> [m, o]."""
-  product = lambda rhs_io, lhs_ri: _dot(lhs_ri, rhs_io, _NT if transpose else _NN)
 
   def body(rows, put, expert, out_mo):
-    return put(out_mo, at_expert(product, rhs_eio, expert, rows(lhs_mi)))
+    return put(out_mo, _dot(rows(lhs_mi), _of(rhs_eio, expert), _NT if transpose else _NN))
 
   out_dim = rhs_eio.shape[1] if transpose else rhs_eio.shape[2]
-  return _loop(parts, body, _zeros((lhs_mi.shape[0], out_dim), lhs_mi.dtype))
+  return loop(parts, body, _zeros((lhs_mi.shape[0], out_dim), lhs_mi.dtype))
 
 
 def transposed_matmul(lhs_mi: Array, dout_mo: Array, parts: list[Chunks], num_experts: int):
@@ -118,7 +117,7 @@ def transposed_matmul(lhs_mi: Array, dout_mo: Array, parts: list[Chunks], num_ex
     return _add_to(drhs_eio, expert, _dot(rows(lhs_mi), rows(dout_mo), _TN))
 
   shape = (num_experts, lhs_mi.shape[1], dout_mo.shape[1])
-  return _loop(parts, body, _zeros(shape, jnp.float32))
+  return loop(parts, body, _zeros(shape, jnp.float32))
 
 
 def _hidden(gate_mp: Array, linear_mf: Array | None, keep_f: Array | None, activation: Callable):
@@ -149,10 +148,10 @@ def mlp(x_md: Array, weights, parts: list[Chunks], activation: Callable, save: b
     return (out, *pre) if save else (out,)
 
   def body(rows, put, expert, carry):
-    new = at_expert(one, weights, expert, rows(x_md))
+    new = one(_of(weights, expert), rows(x_md))
     return tuple(None if n is None else put(old, n) for old, n in zip(carry, new, strict=True))
 
-  carry = _loop(parts, body, (buffer(wo), buffer(wi_0), buffer(wi_1)) if save else (buffer(wo),))
+  carry = loop(parts, body, (buffer(wo), buffer(wi_0), buffer(wi_1)) if save else (buffer(wo),))
   return carry if save else carry[0]
 
 
@@ -178,5 +177,5 @@ def mlp_gradients(x_md: Array, weights, gate_mp, linear_mf, dout_md, parts, acti
     return put(dx_md, dx), dwi_0, dwi_1, dwo
 
   start = (_zeros(x_md.shape, x_md.dtype), zeros(wi_0), zeros(wi_1), zeros(wo))
-  dx_md, *dweights = _loop(parts, body, start)
+  dx_md, *dweights = loop(parts, body, start)
   return dx_md, tuple(dweights)

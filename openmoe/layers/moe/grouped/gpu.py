@@ -1,4 +1,4 @@
-"""Grouped matmuls for NVIDIA GPUs; unmeasured so far.
+"""Grouped matmuls for NVIDIA GPUs. They compile here; no GPU has run or measured them so far.
 
 On Hopper the Pallas kernels that ship with jax (Mosaic GPU); elsewhere, and for shapes those cannot
 take, batched matmuls over padded experts, in as many rounds as the fullest expert needs.
@@ -15,14 +15,15 @@ from openmoe import partitioning
 from openmoe.types import Array
 
 _BLOCK, _BLOCK_K = 128, 64
+_HOPPER = ('H100', 'H200', 'H800', 'H20', 'GH200')  # compute capability 9.0
 _ROOM = 1.25  # rows of a round, as a multiple of an average expert's
 
 
-def supports(dtype: jnp.dtype, sides: Sequence[int]) -> bool:
-  """Whether the Hopper kernels take matrices with these sides here."""
-  capability = getattr(jax.devices()[0], 'compute_capability', '')
+def supports(device_kind: str, dtype: jnp.dtype, sides: Sequence[int]) -> bool:
+  """Whether the Hopper kernels take matrices with these sides on this kind of device."""
+  hopper = any(name in device_kind for name in _HOPPER)
   half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-  return str(capability) == '9.0' and half and all(side % _BLOCK == 0 for side in sides)
+  return hopper and half and all(side % _BLOCK == 0 for side in sides)
 
 
 def _blocks(block_k: int) -> dict[str, int]:

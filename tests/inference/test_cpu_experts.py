@@ -1,18 +1,21 @@
 """Few tokens read the matrices of their own experts only, split by expert or not."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from openmoe.config import MoEConfig
+from openmoe.config import Dispatch, MoEConfig
 from openmoe.inference import placement
-from openmoe.layers.moe.chosen import MOST_TOKENS_TURNED
-from openmoe.layers.moe.exchange import through_experts
-from openmoe.layers.moe.experts import PerExpert, at_expert, split_axes, times, turn
-from openmoe.layers.moe.grouped.api import Kernel, grouped_matmul
+from openmoe.inference.cpu_experts import (
+  MOST_TOKENS_TURNED,
+  PerExpert,
+  at_expert,
+  run_experts,
+  split_axes,
+)
+from openmoe.layers.moe.exchange import times
+from openmoe.layers.moe.layer import make_plan
 from openmoe.layers.moe.router import route
 
 E, K, D, O = 6, 2, 8, 12  # noqa: E741 (o is the output axis)
@@ -20,9 +23,7 @@ AXES = ('act_group', None, None)
 
 
 def compute(kernel, rows, segments):
-  if segments is None:
-    return times(rows, kernel)
-  return grouped_matmul(rows, kernel, segments)
+  return times(rows, kernel, segments)
 
 
 @pytest.mark.parametrize('tokens', [1, 3, 11, 40])
@@ -32,7 +33,7 @@ def test_equals_a_loop_and_reads_no_other_expert(tokens, form):
   normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
   shared, combine = form != 'outputs', form != 'queries'
   x = normal(tokens, 1, D) if shared else normal(tokens, 1, K, D)
-  config = MoEConfig(E, K, dispatch='chosen', ignore_padding=True)
+  config = MoEConfig(E, K, ignore_padding=True)
   # Nobody chooses the last two; the first token is padding where there are others.
   logits = normal(tokens, 1, E) - 100.0 * (np.arange(E) >= E - 2)
   valid = np.ones((tokens, 1), bool)
@@ -51,15 +52,16 @@ def test_equals_a_loop_and_reads_no_other_expert(tokens, form):
         want[n, j] = y
 
   unread = jnp.asarray(kernel).at[E - 2 :].set(jnp.nan)
-  run = jax.jit(
-    lambda weights: through_experts(
-      compute, jnp.asarray(x), weights, routing, config, None, kernel=Kernel.BLOCKED,
-      in_axes=AXES, weight_axes=('expert', None, None), out_axes=AXES, combine=combine,
-    )
+  axes = ('expert', None, None)
+  plan = make_plan(
+    Dispatch.DROPLESS, jnp.asarray(kernel), axes,
+    in_axes=AXES, weight_axes=axes, out_axes=AXES, combine=combine,
   )  # fmt: skip
+  run = jax.jit(lambda weights: run_experts(compute, jnp.asarray(x), weights, routing, plan))
   for weights in (unread, PerExpert(tuple(unread))):
     np.testing.assert_allclose(np.asarray(run(weights)).reshape(want.shape), want, atol=1e-5)
-  turned = PerExpert(tuple(unread), turn(tuple(jnp.asarray(kernel)), combine), combine)
+  turned = PerExpert(tuple(jnp.asarray(kernel)), sums=combine).turn()
+  turned = turned.replace(arrays=tuple(unread))
   if tokens > 1 and tokens <= MOST_TOKENS_TURNED:  # reads all, so that none may be NaN
     assert not np.isnan(run(turned)).any()
     turned = turned.replace(arrays=tuple(jnp.full_like(x, jnp.nan) for x in turned.arrays))
@@ -79,12 +81,11 @@ def test_stacks_and_arrays_by_expert_are_used_alike():
 
 
 def test_experts_are_turned_only_while_their_copies_are_small(monkeypatch):
-  config = MoEConfig(2, 1)
-  model = SimpleNamespace(moe=config)
-  split = {'kernel_0': jnp.ones((3, 4)), 'kernel_1': jnp.zeros((3, 4))}
-  params = {'layer_0': {'moe': {'experts': {'wi_0': split, 'wo': split}}}}
-  experts = placement.turn_experts(params, model)['layer_0']['moe']['experts']
-  assert experts['wi_0']['kernel_turned'].shape == (2, 4, 3)
-  assert experts['wo']['kernel_turned'].shape == (4, 2, 3)
+  arrays = (jnp.ones((3, 4)), jnp.zeros((3, 4)))
+  split = {'wi_0': {'kernel': PerExpert(arrays)}, 'wo': {'kernel': PerExpert(arrays, sums=True)}}
+  params = {'layer_0': {'moe': {'experts': split}}}
+  experts = placement.turn_experts(params)['layer_0']['moe']['experts']
+  assert experts['wi_0']['kernel'].turned.shape == (2, 4, 3)
+  assert experts['wo']['kernel'].turned.shape == (4, 2, 3)
   monkeypatch.setattr(placement, 'TURNED_BYTES', 4 * 48 - 1)
-  assert placement.turn_experts(params, model) is params
+  assert placement.turn_experts(params) is params
