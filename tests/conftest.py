@@ -42,3 +42,10 @@ _LONGEST = (
 def pytest_collection_modifyitems(items):
   place = lambda item: item.nodeid.split('::')[0]
   items.sort(key=lambda i: _LONGEST.index(place(i)) if place(i) in _LONGEST else len(_LONGEST))
+
+
+def pytest_sessionfinish(session):
+  """OPENMOE_TEST_NO_SKIPS=1 fails a run that skipped something because an extra is missing."""
+  reporter = session.config.pluginmanager.get_plugin('terminalreporter')
+  if os.environ.get('OPENMOE_TEST_NO_SKIPS') and reporter and reporter.stats.get('skipped'):
+    session.exitstatus = 1
