@@ -6,7 +6,7 @@ A checkpoint is a directory `checkpoint_<step>` in the run directory:
   state/         the rest of the train state: step and optimizer
   data/          one file per logical shard of the data: its opaque stream position
   metadata/      identity of the model, and whatever the caller says about the run, as JSON
-  manifest.json  size and SHA-256 of every file (openmoe/manifest.py)
+  manifest.json  size and SHA-256 of every file (manifest.py)
 
 It is written under a temporary name and renamed when every process is done, so a final name means a
 whole checkpoint; should a file be damaged later, the newest whole one is taken instead. This module
@@ -37,8 +37,7 @@ from openmoe.types import PyTree
 
 LARGEST_CHUNK = 256 << 20  # bytes of a parameter that are compressed together
 DAMAGED_PREFIX = 'damaged_checkpoint'  # what a damaged one is renamed to when its step comes again
-# A full disk reaches us as OSError from files, as ValueError from TensorStore; a process that does
-# not arrive as XlaRuntimeError in the others.
+# Of files; of TensorStore, for a full disk too; and where another process does not arrive.
 _WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 
 
