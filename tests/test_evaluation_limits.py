@@ -200,12 +200,14 @@ def _without(key):
   [
     (_without('items'), 'has no items'),
     (lambda r: r.update(items=[]), 'has no items'),
-    (lambda r: r.update(items=[1]), 'has no name and acc for item 1'),
-    (lambda r: r['items'][0]['measures'].update(acc='x'), 'has no name and acc for item 1'),
-    (lambda r: r['items'][0].update(name=3), 'has no name and acc for item 1'),
+    (lambda r: r.update(items=[1]), 'has no name for item 1'),
+    (lambda r: r['items'][0]['measures'].update(acc='x'), 'has no acc for item 1'),
+    (lambda r: r['items'][0].update(name=3), 'has no name for item 1'),
     (lambda r: r.update(model=[]), 'has no model'),
     (lambda r: r['model'].pop('fingerprint'), 'does not say which model'),
-    (lambda r: r.update(low='0'), 'has no low'),
+    (lambda r: r.update(low='0'), "no range of scores, but '0' to 1.0"),
+    (lambda r: r['items'].append(r['items'][0]), 'items of the same name'),
+    (lambda r: r['items'][0].update(log_probs=[None]), 'no list of numbers'),
     (lambda r: r.update(format=2), 'no result file of format 1'),
   ],
 )

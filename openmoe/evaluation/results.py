@@ -49,28 +49,41 @@ def save(path: epath.Path, header: Mapping[str, Any], items: Sequence[Mapping[st
   write_whole(path, f'{head[:-2]},\n "items": [\n{rows}\n]}}\n'.encode())
 
 
+def _is_number(value: Any) -> bool:
+  """Whether it is a number to compute with: finite, and no float's limit beyond it."""
+  return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
 def _problem(result: Any) -> str | None:
   """What a value lacks that every result file has, or None."""
   if not isinstance(result, dict) or result.get('format') != FORMAT:
     return f'is no result file of format {FORMAT}'
-  text, number = (str,), (int, float)
-  wanted = {'task': text, 'group': text, 'metric': text, 'tokenizer': text, 'bos': text}
-  wanted |= {'low': number, 'high': number, 'in_average': (bool,), 'shots': (int,)}
-  wanted |= {'model': (dict,), 'settings': (dict,), 'metrics': (dict,), 'items': (list,)}
-  for name, kinds in wanted.items():
-    if not isinstance(result.get(name), kinds):
+  wanted = dict.fromkeys(('task', 'group', 'metric', 'tokenizer', 'bos'), str)
+  wanted |= {'in_average': bool, 'shots': int, 'items': list}
+  wanted |= dict.fromkeys(('model', 'settings', 'metrics'), dict)
+  for name, kind in wanted.items():
+    if not isinstance(result.get(name), kind):
       return f'has no {name}, or one of another kind'
-  model, metric = result['model'], result['metric']
-  if not all(isinstance(model.get(n), str) for n in ('name', 'fingerprint')) or not isinstance(
-    model.get('dropped_fraction'), number
+  model, low, high = result['model'], result.get('low'), result.get('high')
+  if not (_is_number(low) and _is_number(high) and low < high):
+    return f'has no range of scores, but {low!r} to {high!r}'
+  if not all(isinstance(model.get(n), str) for n in ('name', 'fingerprint')) or not _is_number(
+    model.get('dropped_fraction')
   ):
     return 'does not say which model it is of'
+  names = set()
   for place, item in enumerate(result['items'], start=1):
-    measures = item.get('measures') if isinstance(item, dict) else None
-    figure = measures.get(metric) if isinstance(measures, dict) else None
-    if not isinstance(figure, number) or not isinstance(item.get('name'), str):
-      return f'has no name and {metric} for item {place}'
-  return None if result['items'] else 'has no items'
+    if not isinstance(item, dict) or not isinstance(item.get('name'), str):
+      return f'has no name for item {place}'
+    measures, logs = item.get('measures'), item.get('log_probs', [])
+    if not isinstance(measures, dict) or not _is_number(measures.get(result['metric'])):
+      return f'has no {result["metric"]} for item {place}'
+    if not isinstance(logs, list) or not all(map(_is_number, logs)):
+      return f'has log_probs for item {place} that are no list of numbers'
+    names.add(item['name'])
+  if len(names) < len(result['items']):
+    return 'has items of the same name'
+  return None if names else 'has no items'
 
 
 def load(path: str | os.PathLike) -> dict[str, Any]:
@@ -254,7 +267,7 @@ def compare(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[Change]:
   """Items of a task that differ between two results, in the order of the first."""
   metric = one['metric']
   same_model = one['model']['fingerprint'] == two['model']['fingerprint']
-  same_seed = one['settings']['seed'] == two['settings']['seed']
+  same_seed = one['settings'].get('seed') == two['settings'].get('seed')
   others = {item['name']: item for item in two['items']}
   figure = lambda item: item['measures'].get(metric)
   changes = []
