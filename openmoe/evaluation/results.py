@@ -94,7 +94,10 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
   """
   path = epath.Path(path)
   try:
-    result = json.loads(read_small(path, _MOST_BYTES).decode('utf-8'))
+    text = read_small(path, _MOST_BYTES).decode('utf-8')
+    result = json.loads(text)
+    if '\\ud' in text.lower():  # an escape may be half a surrogate pair, which nothing can print
+      json.dumps(result, ensure_ascii=False).encode()
   except FileNotFoundError as error:
     raise ConfigError(f'{path} does not exist; scripts.evaluate writes result files.') from error
   except (ValueError, RecursionError) as error:

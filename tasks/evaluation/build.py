@@ -32,7 +32,10 @@ def few_shot(
     ConfigError: the pool has fewer records than shots.
   """
   if not 0 <= shots <= len(pool):
-    raise ConfigError(f'{shots} shots cannot be drawn from {len(pool)} examples; ask for fewer.')
+    asked = getattr(records[0], 'where', 'the first item') if records else 'no item'
+    raise ConfigError(
+      f'{shots} shots cannot be drawn from {len(pool)} examples for {asked}; ask for fewer.'
+    )
   rng = random.Random(SHOT_SEED)
   order = list(range(len(records)))
   rng.shuffle(order)
