@@ -13,8 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from openmoe.data.files import DamagedFile
-from tasks.records import Record
+from openmoe.data.files import DamagedFile, without_surrogates
+from tasks.records import Record, whole_text
 
 LETTERS = 'ABCDEFGHIJ'
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
@@ -85,7 +85,8 @@ def structure(value: Any) -> Any:
   if not isinstance(value, str) or value.lstrip()[:1] not in ('[', '{'):
     return value
   try:
-    return json.loads(value)
+    # Escapes in a cell may be halves of surrogate pairs, as they may in a .json file.
+    return whole_text(json.loads(value), 'a cell')
   except (ValueError, RecursionError):
     return _python_list(value)
 
@@ -93,8 +94,9 @@ def structure(value: Any) -> Any:
 def _python_list(value: str) -> list[str] | str:
   if not _LIST.fullmatch(value.strip()):
     return value
+  quoted = re.findall(_QUOTED, value, re.DOTALL)
   try:
-    return [ast.literal_eval(quoted) for quoted in re.findall(_QUOTED, value, re.DOTALL)]
+    return [without_surrogates(ast.literal_eval(text)) for text in quoted]
   except (ValueError, SyntaxError):  # a line end or half an escape between the quotes
     return value
 

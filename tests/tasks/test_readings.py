@@ -241,6 +241,12 @@ def test_mmlu_lists_in_csv_cells(tmp_path, cell):
   assert (item.choices, item.scores) == ((' A', ' B', ' C', ' D'), (0, 1, 0, 0))
 
 
+@pytest.mark.parametrize('cell', [r'["a\ud83d", "b"]', r"['a\ud83d' 'b']"])
+def test_halves_of_surrogate_pairs_in_cells_are_replaced(cell):
+  record = Record({'choices': cell}, 'f:1')
+  assert fields.texts(record, cell, 'choices') == ['a\ufffd', 'b']
+
+
 @pytest.mark.parametrize(
   'choices', ['1 2 3 4', "['1', '2'", "['a']", 'x', 3, None, ['a'], [1, None]]
 )
