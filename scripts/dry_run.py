@@ -5,10 +5,12 @@ from __future__ import annotations
 import jax
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from openmoe import plan as plan_lib
 from openmoe import train as train_lib
 from openmoe.data.stages import format_plan, plan_table
+from openmoe.observe.text import visible
 from openmoe.programme import as_programme
 
 GIB = 2**30
@@ -25,6 +27,8 @@ def show(arguments: dict, device_count: int | None) -> None:
     ConfigError: the run cannot be split over so many devices.
   """
   count = device_count or jax.device_count()
+  for source in arguments.get('sources') or ():
+    source.register()
   model, mesh_config, optimizer = (arguments[name] for name in ('model', 'mesh', 'optimizer'))
   mesh = plan_lib.abstract_mesh(mesh_config, count)
   programme = as_programme(arguments['data'], arguments['run'].total_steps)
@@ -33,7 +37,7 @@ def show(arguments: dict, device_count: int | None) -> None:
   plan = plan_lib.make_plan(model, optimizer, mesh_config, mesh, data.batch_size, data.row_length)
   console = Console(width=None if Console().is_terminal else 140)
   sizes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
-  console.print(f'[bold]{model.name}[/] on {count} devices ({sizes})')
+  console.print(Text.assemble((visible(model.name), 'bold'), f' on {count} devices ({sizes})'))
 
   table = Table(box=None, header_style='bold')
   for name in ('parameter', 'shape', 'logical axes', 'mesh axes'):
@@ -41,7 +45,7 @@ def show(arguments: dict, device_count: int | None) -> None:
   table.add_column('MiB/device', justify='right')
   for row in plan.rows:
     shape, axes = 'x'.join(map(str, row.shape)), ' '.join(row.axes)
-    table.add_row(row.path, shape, axes, row.spec, f'{row.device_bytes / 2**20:.2f}')
+    table.add_row(Text(row.path), shape, axes, Text(row.spec), f'{row.device_bytes / 2**20:.2f}')
   console.print(table)
 
   rows = data.batch_size * data.row_length
@@ -59,6 +63,6 @@ def show(arguments: dict, device_count: int | None) -> None:
   if plan.capacity_note:
     lines['experts'] = plan.capacity_note
   for name, value in lines.items():
-    console.print(f'  {name:22} {value}', highlight=False)
+    console.print(f'  {name:22} {value}', highlight=False, markup=False)
   console.print()
-  console.print(format_plan(plan_table(programme)), highlight=False)
+  console.print(visible(format_plan(plan_table(programme))), highlight=False, markup=False)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from openmoe.config import DataConfig, ModelConfig
 from openmoe.inference.model import LanguageModel
+from openmoe.observe.text import visible
 from openmoe.programme import as_programme
 from openmoe.train import Result
 
@@ -21,11 +22,12 @@ def show(result: Result, arguments: dict) -> None:
   """Prints the end of a complete run."""
   run, model = arguments['run'], arguments['model']
   data = as_programme(arguments['data'], run.total_steps).stages[-1].data
-  console = Console(highlight=False, soft_wrap=True)
+  console = Console(highlight=False, soft_wrap=True, markup=False)
   fresh = result.resumed_from != result.step
   console.print()
   console.print(
-    f'{model.name}: {"complete" if fresh else "was complete already"} at step {result.step}.'
+    f'{visible(model.name)}: {"complete" if fresh else "was complete already"} at step '
+    f'{result.step}.'
   )
   if result.validation_loss is not None:
     gap = result.unigram_entropy - result.validation_loss
@@ -36,7 +38,7 @@ def show(result: Result, arguments: dict) -> None:
   if run.sample_prompts and jax.process_count() == 1:
     _continuations(result, model, data, run.sample_prompts, run.sample_tokens, console)
   console.print(
-    f"""
+    visible(f"""
 Pictures: {run.model_dir}/loss.png, {run.model_dir}/experts.png
 Next:
   tensorboard --logdir {run.model_dir}/tensorboard
@@ -44,7 +46,7 @@ Next:
   OBJECTIVE=full_lm MODEL_DIR={run.model_dir}_full_lm bash scripts/run_pretrain.sh
   bash scripts/run_pretrain.sh --gin.TRAIN_STEPS={2 * result.step}
   MODEL=openmoe_8b EXPERIMENT=openmoe_8b bash scripts/run_pretrain.sh \\
-    --dry_run --dry_run_devices=256"""
+    --dry_run --dry_run_devices=256""")
   )
 
 
@@ -70,5 +72,7 @@ def _continuations(
   for text, (found,) in zip(prompts, results, strict=True):
     # A young model likes line breaks: more than two in a row say nothing.
     continuation = re.sub(r'\n\s*\n+', '\n\n', found.text).rstrip()
-    console.print(Text(text, style='bold'), Text(continuation, style='cyan'), sep='')
+    console.print(
+      Text(visible(text), style='bold'), Text(visible(continuation), style='cyan'), sep=''
+    )
     console.print(Text('---', style='dim'))

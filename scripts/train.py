@@ -15,6 +15,10 @@ The same command continues a run that was stopped, or says that it is complete. 
 
 from __future__ import annotations
 
+from openmoe.observe import command
+
+command.prepare(__name__)
+
 import sys
 
 from scripts import quiet
@@ -23,18 +27,14 @@ quiet.import_tensorflow()
 
 import gin
 import jax
-from absl import app, flags, logging
+from absl import flags
 
 from openmoe import train as train_lib
-from openmoe.checkpoint.checkpointer import CheckpointError
-from openmoe.config import ConfigError
 from openmoe.observe.display import Sheltered
-from scripts import gin_flags, processes
+from scripts import data_flags, gin_flags, processes
 
-EXIT_USAGE, EXIT_DIVERGED, EXIT_DATA_ENDED, EXIT_STOPPED = 64, 65, 66, 75
-EXIT_INTERRUPTED = 130
+EXIT_DATA_ENDED, EXIT_STOPPED = 66, 75
 
-_TFDS = flags.DEFINE_string('tfds_data_dir', None, 'Where TFDS data sets lie (local or gs://).')
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Print counts, shardings and bytes; run nothing.')
 _DEVICES = flags.DEFINE_integer(
   'dry_run_devices', None, 'Plan for so many devices; default: those here.'
@@ -44,43 +44,25 @@ _DEVICES = flags.DEFINE_integer(
 def configure() -> dict:
   """Arguments of openmoe.train.train from the gin flags, all validated."""
   gin_flags.parse()
-  if _TFDS.value:
-    _use_tfds_dir(_TFDS.value)
+  data_flags.use()
   return gin_flags.bindings('train.train')
 
 
-def _use_tfds_dir(path: str) -> None:
-  import seqio
-  from etils import epath
+@command.guarded
+def main() -> int:
+  if not _DRY_RUN.value:
+    processes.join()
+  arguments = configure()
+  if _DRY_RUN.value:
+    from scripts import dry_run
 
-  if not epath.Path(path).exists():
-    raise ConfigError(f'--tfds_data_dir={path} does not exist; build data sets there, or fix it.')
-  seqio.set_tfds_data_dir_override(path)
-
-
-def main(argv: list[str]) -> int:
-  if len(argv) > 1:
-    raise app.UsageError(f'Unknown arguments: {argv[1:]}')
-  logging.set_verbosity(logging.WARNING)
+    dry_run.show(arguments, _DEVICES.value)
+    return 0
   try:
-    if not _DRY_RUN.value:
-      processes.join()
-    arguments = configure()
-    if _DRY_RUN.value:
-      from scripts import dry_run
-
-      dry_run.show(arguments, _DEVICES.value)
-      return 0
     return _train(arguments)
-  except train_lib.NonFiniteLoss as error:
-    print(f'error: {error}', file=sys.stderr)
-    return EXIT_DIVERGED
   except KeyboardInterrupt:
     print('\nInterrupted a second time: steps since the last checkpoint are lost.', file=sys.stderr)
-    return EXIT_INTERRUPTED
-  except (ConfigError, CheckpointError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return EXIT_USAGE
+    return command.INTERRUPTED
 
 
 def _train(arguments: dict) -> int:
@@ -97,10 +79,10 @@ def _train(arguments: dict) -> int:
 
 
 def run() -> None:
-  """Entry point: rewrites t5x's --gin.NAME flags before absl reads them."""
+  """Entry point."""
   # Whoever reads what is shown may go away; training does not end for it.
   sys.stdout, sys.stderr = Sheltered(sys.stdout), Sheltered(sys.stderr)
-  app.run(main, argv=gin_flags.rewrite(sys.argv))
+  gin_flags.run(main)
 
 
 if __name__ == '__main__':

@@ -13,7 +13,9 @@ why the result computes the same. The largest difference of the logits is printe
 
 from __future__ import annotations
 
-import sys
+from openmoe.observe import command
+
+command.prepare(__name__)
 
 from scripts import quiet
 
@@ -22,10 +24,11 @@ quiet.import_tensorflow()
 import gin
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
 from convert.upcycle import dense_config, logit_difference, upcycle
-from openmoe.checkpoint.checkpointer import Checkpointer, CheckpointError
+from openmoe.checkpoint.checkpointer import Checkpointer
+from openmoe.checkpoint.paths import step_of
 from openmoe.config import ConfigError, ModelConfig
 from openmoe.train_state import TrainState, abstract_params, identity
 from scripts import gin_flags
@@ -45,11 +48,11 @@ def run() -> float:
   config = gin.get_configurable(ModelConfig)()
   dense = dense_config(config, _NAME.value)
   directory, _, name = _DENSE.value.rstrip('/').rpartition('/')
-  step = name.removeprefix('checkpoint_')
-  if not step.isdigit():
+  step = step_of(name)
+  if step is None:
     raise ConfigError(f'--dense_checkpoint={_DENSE.value} must end in checkpoint_STEP.')
   source = Checkpointer(directory or '.', 1, identity(dense), read_only=True)
-  dense_params = source.restore_params(int(step), abstract_params(dense)[0])
+  dense_params = source.restore_params(step, abstract_params(dense)[0])
   source.close()
   params = jax.tree.map(jnp.asarray, upcycle(dense_params, config, _SEED.value, _NOISE.value))
   difference = logit_difference(dense_params, params, config)
@@ -65,17 +68,11 @@ def run() -> float:
   return difference
 
 
-def main(argv: list[str]) -> int:
-  if len(argv) > 1:
-    raise app.UsageError(f'Unknown arguments: {argv[1:]}')
-  try:
-    difference = run()
-  except (ConfigError, CheckpointError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 64
+@command.guarded
+def main() -> None:
+  difference = run()
   print(f'{_OUTPUT.value}/checkpoint_0: largest difference of the logits {difference:.2e}')
-  return 0
 
 
 if __name__ == '__main__':
-  app.run(main, argv=gin_flags.rewrite(sys.argv))
+  gin_flags.run(main)

@@ -20,7 +20,9 @@ from openmoe.evaluation import run as evaluate
 from openmoe.evaluation.items import EvaluationTask, Item, Prompt
 from scripts import compare_evals, gin_flags
 from scripts import evaluate as script
+from scripts.gin_flags import files
 from tasks.bigbench import lite
+from tasks.evaluation import catalogue
 from tests.evaluation_case import FakeModel, Silent
 from tests.tasks import bigbench_case
 
@@ -252,13 +254,14 @@ def test_the_script_prints_a_table_and_resumes(tmp_path, monkeypatch, capsys):
   bigbench_case.write(tmp_path, 'winowhy', bigbench_case.multiple_choice(7))
   bigbench_case.write(tmp_path, 'operators', bigbench_case.generative(5))
   monkeypatch.setattr(script, 'load_model', lambda config: FakeModel())
-  chosen = config(tmp_path, tasks=('winowhy', 'operators'), bigbench_dir=str(tmp_path), shots=1)
-  script.run(chosen)
+  chosen = config(tmp_path, tasks=('winowhy', 'operators'), shots=1)
+  options = catalogue.TaskOptions(bigbench_dir=str(tmp_path))
+  script.run(chosen, options)
   shown = capsys.readouterr().out
   for word in ('winowhy', 'operators', 'average', 'normalised'):
     assert word in shown
   assert all(len(line) <= 80 for line in shown.splitlines() if '│' in line or ' to ' in line)
-  script.run(chosen)
+  script.run(chosen, options)
   assert shown.count('from an earlier run') == 0
   assert capsys.readouterr().out.count('from an earlier run') == 2
 
@@ -279,12 +282,13 @@ def _fresh_gin():
 @pytest.mark.usefixtures('_fresh_gin')
 def test_the_gin_file_binds_every_setting():
   path = ROOT / 'gin' / 'runs' / 'eval.gin'
-  assert gin_flags._required([path.read_text()]) == ['CHECKPOINT', 'TASKS', 'OUT_DIR']
+  assert files.required([path.read_text()]) == ['CHECKPOINT', 'TASKS', 'OUT_DIR']
   gin.parse_config_file(str(path))
   gin.parse_config("CHECKPOINT = 'c'\nTASKS = ('winowhy',)\nOUT_DIR = 'o'")
   bound = gin_flags.bindings('evaluate.EvaluationConfig')
   found = evaluate.EvaluationConfig(**bound)
   assert found == evaluate.EvaluationConfig('c', 'o', ('winowhy',))
+  assert gin_flags.bindings('catalogue.TaskOptions') == dataclasses.asdict(catalogue.TaskOptions())
   # What has no macro has its reason: neither changes a figure.
   fields = {field.name for field in dataclasses.fields(found)}
   assert fields - set(bound) == {'chunk', 'resamples'}

@@ -17,6 +17,7 @@ from openmoe.evaluation import prompts, results
 from openmoe.evaluation import run as evaluate
 from openmoe.evaluation.items import EvaluationTask, Item, Prompt
 from openmoe.inference.placement import config_digest
+from tasks.evaluation import catalogue
 from tests.evaluation_case import FakeModel, Silent
 
 
@@ -242,10 +243,11 @@ def test_results_nested_too_deeply_are_named(tmp_path):
   ],
 )
 def test_settings_of_other_types_are_named(tmp_path, field, value, rule):
+  of_tasks = field in ('samples', 'temperature')
+  make = catalogue.TaskOptions if of_tasks else evaluate.EvaluationConfig
+  given = {} if of_tasks else {'checkpoint': 'c', 'out_dir': 'o', 'tasks': ('t',)}
   with pytest.raises(ConfigError, match=f'{field}=.*{rule}'):
-    evaluate.EvaluationConfig(
-      **({'checkpoint': 'c', 'out_dir': 'o', 'tasks': ('t',)} | {field: value})
-    )
+    make(**(given | {field: value}))
 
 
 def test_scores_that_numpy_gives_are_numbers_too():

@@ -67,7 +67,7 @@ def test_data_that_end_end_the_run_with_a_checkpoint(tmp_path, monkeypatch, caps
   monkeypatch.setattr(door, '_DRY_RUN', types.SimpleNamespace(value=False))
   monkeypatch.setattr(door.processes, 'join', lambda: None)
   monkeypatch.setattr(door, 'configure', lambda: given)
-  assert door.main(['train']) == 66
+  assert door.main() == 66
   out = capsys.readouterr().out
   step = curve(tmp_path)[-1][0]
   assert 0 < step < 1000

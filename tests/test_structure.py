@@ -135,9 +135,10 @@ def code_lines(path: pathlib.Path) -> int:
 
 # Longer than a door, and why.
 NOT_DOORS = {
-  'scripts/gin_flags.py': 'gin and flags stay out of the library',
+  'scripts/gin_flags/__init__.py': 'gin and flags stay out of the library',
+  'scripts/gin_flags/files.py': 'as above',
+  'scripts/gin_flags/hints.py': 'tables',
   'scripts/load_model.py': 'knows both convert and openmoe',
-  'scripts/evaluate.py': 'its display moves out next',
 }
 
 

@@ -12,7 +12,6 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -29,7 +28,7 @@ from openmoe.inference.decode import Sampling
 # Texts whose tokens tell tokenizers apart that have no fingerprint of their own.
 _PROBES = ('The quick brown fox.\n\n  x = 1', 'Ünïcödé 漢字 🙂', '<extra_id_0> </s> [INST]')
 _SPARE_TOKENS = 8  # a generated answer may be so much longer than the longest that is expected
-_NEEDED = ('seed', 'chunk', 'resamples', 'samples')  # settings that may not be None
+_NEEDED = ('seed', 'chunk', 'resamples')  # settings that may not be None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +50,6 @@ class EvaluationConfig:
     chunk: items between two updates of the display.
     seed: of sampled texts and of the bootstrap.
     resamples: of the bootstrap.
-    bigbench_dir: where scripts.fetch_bigbench_lite put the task files.
-    data_dir: holds the files of the other benchmarks, one folder each.
-    every_kind: also generate text for BIG-bench tasks whose tables show ranked choices.
-    samples: texts per program (HumanEval, MBPP); pass@k needs at least k.
-    temperature: of those samples.
   """
 
   checkpoint: str
@@ -72,11 +66,6 @@ class EvaluationConfig:
   chunk: int = 64
   seed: int = 0
   resamples: int = 1000
-  bigbench_dir: str = 'runs/bigbench_lite'
-  data_dir: str = 'runs/evaluation_data'
-  every_kind: bool = False
-  samples: int = 1
-  temperature: float = 0.0
 
   def __post_init__(self):
     modes = [mode.value for mode in PromptMode]
@@ -86,7 +75,7 @@ class EvaluationConfig:
     if not names or not all(isinstance(name, str) for name in names):
       raise ConfigError(f"tasks={self.tasks!r} must be a tuple of names, such as ('triviaqa',).")
     least = {'shots': 0, 'seed': 0, 'max_length': 2}
-    least |= dict.fromkeys(('max_items', 'max_new_tokens', 'chunk', 'resamples', 'samples'), 1)
+    least |= dict.fromkeys(('max_items', 'max_new_tokens', 'chunk', 'resamples'), 1)
     for name, low in least.items():
       value = getattr(self, name)
       if value is None and name not in _NEEDED:
@@ -95,9 +84,6 @@ class EvaluationConfig:
         other = '' if name in _NEEDED else ', or None'
         rule = f'at least {low}' if low else '0 or more'
         raise ConfigError(f'{name}={value!r} must be a whole number, {rule}{other}.')
-    heat = self.temperature
-    if not isinstance(heat, int | float) or isinstance(heat, bool) or not 0 <= heat < math.inf:
-      raise ConfigError(f'temperature={heat!r} must be a number of 0 or more.')
 
 
 class Model(Protocol):
@@ -117,7 +103,7 @@ class Model(Protocol):
 
 
 class Display(Protocol):
-  """Shown progress; scripts/evaluate.py has one for terminals."""
+  """Shown progress; openmoe/evaluation/display.py has one for terminals."""
 
   def begin(self, task: str, items: int) -> None: ...
   def advance(self, items: int) -> None: ...

@@ -6,7 +6,9 @@ OpenMoE's and JetMoE's tables. `openmoe` and `jetmoe` stand for those tables.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Sequence
 
 import seqio
@@ -52,6 +54,32 @@ BIGBENCH_SHOTS = 3  # of the published table
 def _nearest(name: object, known: Sequence[str]) -> str:
   """The names that are most like one, or all of them."""
   return ', '.join(difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or known)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskOptions:
+  """Where tasks read, and how often programs are sampled; the rest of make_tasks.
+
+  Attributes:
+    bigbench_dir: where scripts.fetch_bigbench_lite put the task files.
+    data_dir: holds the files of the other benchmarks, one folder each.
+    every_kind: also generate text for BIG-bench tasks whose tables show ranked choices.
+    samples: texts per program (HumanEval, MBPP); pass@k needs at least k.
+    temperature: of those samples.
+  """
+
+  bigbench_dir: str = files.DEFAULT_DIR
+  data_dir: str = 'runs/evaluation_data'
+  every_kind: bool = False
+  samples: int = 1
+  temperature: float = 0.0
+
+  def __post_init__(self):
+    if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
+      raise ConfigError(f'samples={self.samples!r} must be a whole number, at least 1.')
+    heat = self.temperature
+    if not isinstance(heat, int | float) or isinstance(heat, bool) or not 0 <= heat < math.inf:
+      raise ConfigError(f'temperature={heat!r} must be a number of 0 or more.')
 
 
 def expand(names: Sequence[str]) -> list[str]:
