@@ -36,7 +36,7 @@ def _read_gin(path: pathlib.Path) -> dict[str, Any]:
   """Literal bindings of ModelConfig and MoEConfig; macros and references are left out."""
   fields: dict[str, Any] = {}
   section = None
-  for line in path.read_text().splitlines():
+  for line in path.read_text(encoding='utf-8').splitlines():
     if head := re.fullmatch(r'config\.(\w+):\s*', line):
       section = head[1]
     elif item := re.fullmatch(r'  (\w+) = ([^%@].*?)(\s+#.*)?', line):
@@ -72,7 +72,7 @@ def named(model: str) -> ModelConfig:
   if path.suffix == '.json':
     if not path.is_file():
       raise ConvertError(f'--model={model} does not exist.')
-    return config_from(json.loads(path.read_text()), model)
+    return config_from(json.loads(path.read_text(encoding='utf-8')), model)
   gin_file = path if path.suffix == '.gin' else MODELS / f'{model}.gin'
   if not gin_file.is_file():
     known = sorted(p.stem for p in MODELS.glob('*.gin'))

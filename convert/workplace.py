@@ -203,7 +203,7 @@ class Workplace:
     self._journal_path = self.out.parent / f'.{self.out.name}.journal'
     self._lock_path = self.out.parent / f'.{self.out.name}.lock'
     while True:
-      self._lock_file = open(self._lock_path, 'w')  # noqa: SIM115 (held until close)
+      self._lock_file = open(self._lock_path, 'w', encoding='utf-8')  # noqa: SIM115 (held until close)
       try:
         # The kernel frees it when the process dies, however it dies.
         fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -217,7 +217,7 @@ class Workplace:
 
   def _take_up(self) -> None:
     journal = self._journal_path
-    lines = _json_lines(journal.read_text()) if journal.exists() else []
+    lines = _json_lines(journal.read_text(encoding='utf-8')) if journal.exists() else []
     if lines and lines[0].get('plan') == self._plan:
       whole = (line for line in lines[1:] if 'target' in line and 'sha256_after' in line)
       self._done = {line['target']: line for line in whole}
@@ -225,7 +225,7 @@ class Workplace:
     elif self.path.exists():
       shutil.rmtree(self.path)
     self.path.mkdir(parents=True, exist_ok=True)
-    self._journal = open(journal, 'w')  # noqa: SIM115 (held until close)
+    self._journal = open(journal, 'w', encoding='utf-8')  # noqa: SIM115 (held until close)
     self._note({'plan': self._plan})
     for line in self._done.values():
       self._note(line)

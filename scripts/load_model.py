@@ -204,7 +204,7 @@ def _read_run(path: epath.Path, with_vocabulary: bool) -> tuple[ModelConfig, Any
   with gin.unlock_config():
     gin.clear_config()
     try:
-      gin.parse_config(path.read_text())
+      gin.parse_config(path.read_text(encoding='utf-8'))
       arguments = gin_flags.bindings('train.train')
     except (ValueError, ImportError, AttributeError, SyntaxError) as error:
       raise ConfigError(f'{path} cannot be read: {gin_flags.explain(error)}') from error

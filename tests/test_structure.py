@@ -126,6 +126,60 @@ def test_files_are_short(path):
   assert lines <= MAX_LINES, f'{path} has {lines} lines, more than {MAX_LINES}: split it'
 
 
+def opens_text_without_encoding(call: ast.Call) -> bool:
+  """Whether a call reads or writes text in the encoding of the locale."""
+  if any(keyword.arg in ('encoding', None) for keyword in call.keywords):
+    return False
+  function, place = call.func, None
+  if isinstance(function, ast.Name) and function.id == 'open':
+    place = 1
+  elif isinstance(function, ast.Attribute):
+    if function.attr in ('read_text', 'write_text'):
+      return len(call.args) == (function.attr == 'write_text')
+    owner = function.value.id if isinstance(function.value, ast.Name) else ''
+    if function.attr == 'open' and owner not in NOT_FILES:
+      place = 0
+  mode = next((k.value for k in call.keywords if k.arg == 'mode'), None)
+  if place is not None and mode is None and len(call.args) > place:
+    mode = call.args[place]
+  if place == 0 and call.args and not isinstance(call.args[0], ast.Constant):
+    return False  # a method of the same name of something else
+  text = any(keyword.arg == 'text' for keyword in call.keywords)
+  return text or (place is not None and 'b' not in str(getattr(mode, 'value', 'r')))
+
+
+NOT_FILES = ('os', 'tarfile', 'ts', 'tokenize', 'tensorstore', 'gzip')
+
+
+@pytest.mark.parametrize('path', sources('openmoe', 'convert', 'tasks', 'scripts'), ids=str)
+def test_text_is_utf_8_whatever_the_locale(path):
+  calls = [
+    n for n in ast.walk(ast.parse((ROOT / path).read_text('utf-8'))) if isinstance(n, ast.Call)
+  ]
+  wrong = [f'{path}:{call.lineno}' for call in calls if opens_text_without_encoding(call)]
+  assert not wrong, f"{wrong}: name encoding='utf-8'"
+
+
+@pytest.mark.parametrize(
+  ('code', 'wrong'),
+  [
+    ("open('a')", True),
+    ("open('a', 'rb')", False),
+    ("open('a', mode='wb')", False),
+    ("open('a', encoding='utf-8')", False),
+    ('p.read_text()', True),
+    ("p.read_text('utf-8')", False),
+    ('p.write_text(x)', True),
+    ("p.open('w')", True),
+    ("p.open('ab')", False),
+    ('run(c, text=True)', True),
+    ('store.open(name)', False),
+  ],
+)
+def test_the_rule_of_encodings_sees_every_form(code, wrong):
+  assert opens_text_without_encoding(ast.parse(code, mode='eval').body) is wrong
+
+
 def code_lines(path: pathlib.Path) -> int:
   """Lines of a file that are neither blank nor of its docstring."""
   text = (ROOT / path).read_text(encoding='utf-8')

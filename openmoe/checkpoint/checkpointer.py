@@ -364,7 +364,7 @@ class Checkpointer:
       raise CheckpointError(f'{path} does not exist; steps that do: {there}.')
     if problem := self._problem(step):
       raise CheckpointError(f'{path} {problem}. Take another step: {self._manager.all_steps()}.')
-    facts = json.loads((path / 'metadata' / 'metadata').read_text())
+    facts = json.loads((path / 'metadata' / 'metadata').read_text('utf-8'))
     differences = identity_differences(facts['identity'], self._identity)
     if differences:
       raise ConfigError(

@@ -84,9 +84,9 @@ def from_folder(folder: pathlib.Path) -> ChatTemplate | None:
     ConfigError: there is one, and jinja2, which it needs, is not installed.
   """
   config = folder / 'tokenizer_config.json'
-  facts = json.loads(config.read_text()) if config.is_file() else {}
+  facts = json.loads(config.read_text(encoding='utf-8')) if config.is_file() else {}
   own = folder / 'chat_template.jinja'
-  source = own.read_text() if own.is_file() else facts.get('chat_template')
+  source = own.read_text(encoding='utf-8') if own.is_file() else facts.get('chat_template')
   if isinstance(source, list):  # several, by name
     source = next((t['template'] for t in source if t.get('name') == 'default'), None)
   if not source:

@@ -51,7 +51,7 @@ def git_commit() -> str | None:
 
   def git(*args: str) -> str:
     done = subprocess.run(
-      ['git', '-C', root, *args], capture_output=True, text=True, check=True, timeout=10
+      ['git', '-C', root, *args], capture_output=True, encoding='utf-8', check=True, timeout=10
     )
     return done.stdout.strip()
 

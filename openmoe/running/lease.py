@@ -66,7 +66,7 @@ class Owner:
 def _machine() -> str:
   """This start of this machine and this container's processes; '' where that cannot be told."""
   try:
-    boot = pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+    boot = pathlib.Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()
     return f'{boot}/{os.readlink("/proc/self/ns/pid")}'
   except OSError:
     return ''
@@ -75,7 +75,9 @@ def _machine() -> str:
 def _began(pid: int) -> int:
   """When a process began, in ticks since the machine did; 0 for one that is gone or a zombie."""
   try:
-    fields = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+    fields = (
+      pathlib.Path(f'/proc/{pid}/stat').read_text(encoding='utf-8').rpartition(')')[2].split()
+    )
   except OSError:
     return 0
   return 0 if fields[0] in 'ZX' else int(fields[19])

@@ -84,7 +84,7 @@ class PeakMemory:
 
   @staticmethod
   def _resident() -> int:
-    with open('/proc/self/statm') as file:
+    with open('/proc/self/statm', encoding='utf-8') as file:
       return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 
   def _watch(self) -> None:
@@ -160,7 +160,7 @@ def measure(place: pathlib.Path, config: ModelConfig) -> dict[str, dict]:
   """The report of every direction, by name."""
   generate(place / 'ours' / 'checkpoint_7', config)
   model = place / 'model.json'
-  model.write_text(json.dumps(model_fields(config)))
+  model.write_text(json.dumps(model_fields(config)), encoding='utf-8')
   directions = {
     'ours to hf': ('export', '--to', 'hf', 'ours', 'hf'),
     'hf to ours': ('import', '--from', 'hf', 'hf', 'from_hf'),
@@ -173,7 +173,9 @@ def measure(place: pathlib.Path, config: ModelConfig) -> dict[str, dict]:
     command = [sys.executable, '-m', module, ONE, verb, flag, kind, '--model', str(model)]
     command += ['--no_logits', str(place / source), str(place / target)]
     environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment)
+    done = subprocess.run(
+      command, capture_output=True, encoding='utf-8', cwd=place, env=environment
+    )
     if done.returncode:
       raise RuntimeError(f'{name}: {done.stderr.strip()}')
     report[name] = json.loads(done.stdout)

@@ -161,7 +161,7 @@ def memory_growth(tokens: int) -> dict[str, float]:
   for name, limit in (('after_1x', tokens), ('after_10x', 10 * tokens)):
     while seen < limit:
       seen += sum(e.size for e in next(stream))
-    with open('/proc/self/statm') as f:
+    with open('/proc/self/statm', encoding='utf-8') as f:
       found[name] = round(int(f.read().split()[1]) * resource.getpagesize() / 1e6)
   return found
 
