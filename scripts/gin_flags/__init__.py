@@ -134,7 +134,9 @@ def bindings(function: str) -> dict:
   except ConfigError:
     raise
   except _ERRORS as error:
-    what = ''
-    if isinstance(error, TypeError) and _BINDINGS.value:
-      what = f'One of these has a wrong type: {" ".join(f"--gin.{b}" for b in _BINDINGS.value)}'
-    raise hints.explain(error, what) from error
+    if 'not supported between instances' in str(error) and _BINDINGS.value:
+      given = ' '.join(f'--gin.{binding}' for binding in _BINDINGS.value)
+      raise ConfigError(
+        f'A value has the wrong type (None or text where a number belongs): look at {given}.'
+      ) from error
+    raise hints.explain(error) from error
