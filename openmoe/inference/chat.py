@@ -9,14 +9,18 @@ one, the format of its tuning recipe is taken.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from openmoe.checkpoint import safe_json
+from openmoe.checkpoint.paths import Unreadable, read_small
 from openmoe.config import ConfigError
+from openmoe.inference.template import Renderer
 
 Messages = Sequence[Mapping[str, str]]
+_MOST_BYTES = 1 << 20  # of a template
 ROLES = ('system', 'user', 'assistant')
 
 
@@ -78,32 +82,59 @@ OPENMOE_SYSTEM = 'You are a helpful, respectful and honest assistant.'
 
 
 def from_folder(folder: pathlib.Path) -> ChatTemplate | None:
-  """The template beside a tokenizer, if there is one.
+  """The template beside a tokenizer, if there is one; it is compiled when it is first used.
 
   Raises:
-    ConfigError: there is one, and jinja2, which it needs, is not installed.
+    ConfigError: tokenizer_config.json is there and cannot be read.
   """
-  config = folder / 'tokenizer_config.json'
-  facts = json.loads(config.read_text(encoding='utf-8')) if config.is_file() else {}
+  facts = tokenizer_config(folder)
   own = folder / 'chat_template.jinja'
-  source = own.read_text(encoding='utf-8') if own.is_file() else facts.get('chat_template')
-  if isinstance(source, list):  # several, by name
-    source = next((t['template'] for t in source if t.get('name') == 'default'), None)
+  source = _small_text(own) if own.is_file() else _chosen(facts.get('chat_template'))
   if not source:
     return None
-  try:
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-  except ImportError as error:
-    raise ConfigError(
-      f'{folder} has a chat template, which needs jinja2: install the `eval` or `torch` extra.'
-    ) from error
   text = lambda value: value.get('content', '') if isinstance(value, dict) else value or ''
   bos, eos = text(facts.get('bos_token')), text(facts.get('eos_token')) or '</s>'
-  compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+  renderer = Renderer(source, str(folder))
 
   def render(messages: Messages, answer_follows: bool) -> str:
-    values = {'messages': messages, 'add_generation_prompt': answer_follows}
-    out = compiled.render(**values, bos_token=bos, eos_token=eos)
+    values = {'messages': list(messages), 'add_generation_prompt': answer_follows}
+    out = renderer.render(values | {'bos_token': bos, 'eos_token': eos})
     return out.removeprefix(bos)  # the model adds it
 
   return ChatTemplate(folder.name, render, eos_text=eos)
+
+
+def tokenizer_config(folder: pathlib.Path) -> dict[str, Any]:
+  """tokenizer_config.json, {} where there is none.
+
+  Raises:
+    ConfigError: it cannot be read, or a token in it is no text.
+  """
+  path = folder / 'tokenizer_config.json'
+  if not path.is_file():
+    return {}
+  try:
+    facts = safe_json.read(path)
+  except (Unreadable, OSError) as error:
+    raise ConfigError(f'{path} cannot be read: {error} Download it again, or remove it.') from error
+  for name in ('bos_token', 'eos_token'):
+    token = facts.get(name)
+    token = token.get('content') if isinstance(token, dict) else token
+    if not isinstance(token, str | None):
+      raise ConfigError(f'{path}: {name}={facts[name]!r} is no text; repair it.')
+  return facts
+
+
+def _chosen(source: Any) -> str | None:
+  """The template of tokenizer_config.json: a text, or the one named default of several."""
+  if isinstance(source, list):
+    named = (t for t in source if isinstance(t, dict) and t.get('name') == 'default')
+    source = next((t.get('template') for t in named), None)
+  return source if isinstance(source, str) else None
+
+
+def _small_text(path: pathlib.Path) -> str:
+  try:
+    return read_small(path, _MOST_BYTES).decode('utf-8-sig')
+  except (Unreadable, OSError, UnicodeDecodeError) as error:
+    raise ConfigError(f'{path} cannot be read as a template: {error}') from error

@@ -17,6 +17,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from openmoe import partitioning
 from openmoe.config import ConfigError, Dispatch, ModelConfig
@@ -213,7 +214,7 @@ def output_logits(hidden: Array, kernel_dv: Array) -> Array:
 
 
 def _choose(
-  state: State, logits_bv: Array, program: tuple, temperature: Array, top_p: Array, eos_id: int
+  state: State, logits_bv: Array, program: tuple, temperature: Array, top_p: Array, eos_ids: tuple
 ) -> State:
   """Writes down the next token of every row that is not done."""
   key_b = jax.vmap(jax.random.fold_in, (0, None))(state.key_b, state.step)
@@ -226,12 +227,12 @@ def _choose(
   return state.replace(
     tokens_bn=put(state.tokens_bn, token_b),
     log_probs_bn=put(state.log_probs_bn, log_prob_b),
-    done_b=state.done_b | (token_b == eos_id),
+    done_b=state.done_b | jnp.isin(token_b, np.asarray(eos_ids, np.int32)),
     step=state.step + 1,
   )
 
 
-def _loop(params, config, state: State, limit, program, temperature, top_p, eos_id) -> State:
+def _loop(params, config, state: State, limit, program, temperature, top_p, eos_ids) -> State:
   """Steps until `limit` tokens are there or every row is done."""
   t, n = state.prompt_slots, state.tokens_bn.shape[1]
   slot_s = jnp.arange(t + n)
@@ -250,7 +251,7 @@ def _loop(params, config, state: State, limit, program, temperature, top_p, eos_
       cache=out.cache, drops=state.drops.add(config, out.router_stats, jnp.sum(~state.done_b))
     )
     logits_bv = output_logits(out.hidden_btd[:, 0], out.output_kernel_dv)
-    return _choose(state, logits_bv, program, temperature, top_p, eos_id)
+    return _choose(state, logits_bv, program, temperature, top_p, eos_ids)
 
   more = lambda state: (state.step < limit) & ~jnp.all(state.done_b)
   return jax.lax.while_loop(more, body, state)
@@ -263,7 +264,7 @@ def _readable(state: State) -> State:
   return state.replace(**{f: jax.tree.map(whole, getattr(state, f)) for f in fields})
 
 
-_STATIC = ('config', 'program', 'eos_id')
+_STATIC = ('config', 'program', 'eos_ids')
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, 'samples', 'max_new'))
@@ -281,7 +282,7 @@ def start(
   samples: int,
   max_new: int,
   program: tuple[bool, int, bool],
-  eos_id: int,
+  eos_ids: tuple[int, ...],
 ) -> State:
   """Reads p prompts once and continues each `samples` times, b = p * samples rows.
 
@@ -292,6 +293,7 @@ def start(
     limit: new tokens after which to return, at least 1.
     max_new: new tokens that there is room for.
     program, temperature, top_p: see Sampling.
+    eos_ids: tokens that end a text.
   """
   read = prefill(params, config, tokens_pt, length_p, max_new)
   repeat = lambda x: jnp.repeat(x, samples, axis=0) if samples > 1 else x
@@ -308,8 +310,8 @@ def start(
     prompt_slots=tokens_pt.shape[1],
   )
   logits_bv = repeat(output_logits(read.hidden_bd, read.kernel_dv))
-  state = _choose(state, logits_bv, program, temperature, top_p, eos_id)
-  return _readable(_loop(params, config, state, limit, program, temperature, top_p, eos_id))
+  state = _choose(state, logits_bv, program, temperature, top_p, eos_ids)
+  return _readable(_loop(params, config, state, limit, program, temperature, top_p, eos_ids))
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames='state')
@@ -322,7 +324,7 @@ def extend(
   *,
   config: ModelConfig,
   program: tuple[bool, int, bool],
-  eos_id: int,
+  eos_ids: tuple[int, ...],
 ) -> State:
   """Goes on to `limit` new tokens; the state given is consumed."""
-  return _readable(_loop(params, config, state, limit, program, temperature, top_p, eos_id))
+  return _readable(_loop(params, config, state, limit, program, temperature, top_p, eos_ids))

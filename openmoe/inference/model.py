@@ -23,14 +23,13 @@ import numpy as np
 from openmoe import partitioning
 from openmoe.config import ConfigError, Dispatch, ModelConfig
 from openmoe.inference.chat import OPENMOE, ChatTemplate, Messages
-from openmoe.inference.decode import Drops, Sampling, State, bucket, extend, inference_config, start
+from openmoe.inference.decode import Drops, Sampling, bucket, inference_config
 from openmoe.inference.placement import cast, expert_form, fingerprint, turn_experts
+from openmoe.inference.rows import Generation, Rows
 from openmoe.inference.scoring import score
 from openmoe.models import unstack
 from openmoe.types import PyTree
 
-CHECK_EVERY = 16  # new tokens between two looks at the text for stop strings
-SHOW_EVERY = 2  # and between two pieces of text that are shown as they come
 BATCH_TOKENS = 1 << 15  # slots of a batch, prompts and continuations
 
 
@@ -64,23 +63,6 @@ class Score:
   is_greedy: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Generation:
-  """One continuation.
-
-  Attributes:
-    text: ends before the stop string or EOS.
-    tokens: up to the one that completed the stop string, without EOS.
-    log_probs: of these tokens, natural logarithms, whatever the temperature.
-    finish: 'eos', 'stop' or 'length'.
-  """
-
-  text: str
-  tokens: tuple[int, ...]
-  log_probs: tuple[float, ...]
-  finish: str
-
-
 def row_keys(prompts: Sequence[Sequence[int]], samples: int, seed: int) -> np.ndarray:
   """A random seed [prompts, samples] of each row: a function of seed, tokens and sample alone.
 
@@ -95,11 +77,6 @@ def row_keys(prompts: Sequence[Sequence[int]], samples: int, seed: int) -> np.nd
       text = json.dumps([seed, first + j, *map(int, prompt)])
       seeds[i, j] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], 'little')
   return seeds
-
-
-@jax.jit
-def _keys(seed_b):
-  return jax.vmap(jax.random.key)(seed_b)
 
 
 class LanguageModel:
@@ -117,6 +94,7 @@ class LanguageModel:
     capacity: see decode.inference_config.
     batch_rows: rows of a batch at most.
     chat_template: of encode_chat.
+    eos_ids: tokens that end a text; none given means the vocabulary's.
 
   Attributes:
     dropped_fraction: share of (token, choice) pairs that found no slot so far; 0.0 when dropless.
@@ -136,13 +114,16 @@ class LanguageModel:
     batch_rows: int = 16,
     unstacked: bool = False,
     chat_template: ChatTemplate = OPENMOE,
+    eos_ids: Sequence[int] = (),
   ):
     self.config = inference_config(config, capacity)
     self.vocabulary, self.start_id, self.max_length = vocabulary, start_id, max_length
     self.name = name or config.name
     self.mesh, self.chat_template = mesh, chat_template
+    self.eos_ids = tuple(sorted({int(i) for i in eos_ids or (vocabulary.eos_id,)}))
     self._rows = batch_rows
     self._dropped = self._routed = 0.0
+    self._warned = False
     if not unstacked:
       params = unstack(params, config, expert_form(config, mesh, capacity))
     with self._on_mesh():
@@ -209,7 +190,7 @@ class LanguageModel:
     for first in range(0, samples, self._rows):
       seeds = all_seeds[:, first : first + self._rows]
       for batch in self._prompt_batches(prompts, seeds.shape[1], max_new_tokens):
-        rows = _Rows([prompts[i] for i in batch], seeds[batch], self)
+        rows = Rows([prompts[i] for i in batch], seeds[batch], self)
         done = rows.run(max_new_tokens, tuple(stop), sampling, show)
         for i, found in zip(batch, done, strict=True):
           results[i] += found
@@ -328,117 +309,13 @@ class LanguageModel:
       return
     dropped, routed = float(drops.dropped), float(drops.routed)
     self._dropped, self._routed = self._dropped + dropped, self._routed + routed
-    warnings.warn(
-      f'{self.name} routes with capacity: {dropped / max(routed, 1):.1%} of the choices of experts '
-      f'found no slot in this batch ({self.dropped_fraction:.1%} so far), so what a prompt gives '
-      f'depends on its neighbours. Load the model without capacity for results of its own.',
-      CapacityWarning,
-      stacklevel=3,
-    )
-
-
-class _Rows:
-  """One batch of prompts that is being continued."""
-
-  def __init__(self, prompts, seeds_ps: np.ndarray, model: LanguageModel):
-    self._model, self._prompts = model, len(prompts)
-    self._tokens, self._lengths = model._padded([[model.start_id, *p] for p in prompts])
-    self._samples = seeds_ps.shape[1]
-    padded = np.zeros((len(self._tokens), self._samples), np.uint32)
-    padded[: len(prompts)] = seeds_ps
-    self._seeds = padded.reshape(-1)
-    self._known = [0] * self._seeds.size  # tokens of a row that hold no stop string
-    self._ends: dict[int, tuple[str, int]] = {}  # row -> (text, tokens) where it was stopped
-
-  def run(self, max_new: int, stop, sampling: Sampling, show) -> list[list[Generation]]:
-    """Continues all rows to their ends."""
-    model = self._model
-    room = model.max_length - int(self._lengths.max())
-    width = bucket(min(max_new, room), least=8)
-    every = SHOW_EVERY if show else CHECK_EVERY if stop else max_new
-    values = (np.float32(max(sampling.temperature, 1e-6)), np.float32(sampling.top_p))
-    fixed = {
-      'config': model.config,
-      'program': sampling.program,
-      'eos_id': int(model.vocabulary.eos_id),
-    }
-    real = np.repeat(self._lengths > 0, self._samples)
-    most = min(max_new, room)
-    shown = ''
-    with model._on_mesh():
-      limit = min(every, most)
-      state = start(
-        model.params,
-        self._tokens,
-        self._lengths,
-        _keys(self._seeds),
-        ~real,
-        np.int32(limit),
-        *values,
-        samples=self._samples,
-        max_new=width,
-        **fixed,
+    if dropped and not self._warned:
+      # Once, with a text that stays the same: how much was dropped is in dropped_fraction.
+      self._warned = True
+      warnings.warn(
+        f'{self.name} routes with capacity, and choices of experts found no slot, so what a prompt '
+        f'gives depends on its neighbours (dropped_fraction says how many). Load the model without '
+        f'capacity for results of its own.',
+        CapacityWarning,
+        stacklevel=3,
       )
-      while True:
-        done = np.asarray(state.done_b).copy()
-        if stop:
-          self._look_for(stop, state, done)
-        if show:
-          shown = self._show(state, done, stop, shown, show)
-        if done.all() or int(state.step) >= most:
-          break
-        limit = min(limit + every, most)
-        state = state.replace(done_b=jnp.asarray(done))
-        state = extend(model.params, state, np.int32(limit), *values, **fixed)
-    model._note_drops(state.drops)
-    tokens, log_probs = np.asarray(state.tokens_bn), np.asarray(state.log_probs_bn)
-    one = lambda row: self._result(row, tokens[row], log_probs[row], int(state.step))
-    rows = range(self._prompts * self._samples)
-    found = [one(row) for row in rows]
-    return [found[i : i + self._samples] for i in range(0, len(found), self._samples)]
-
-  def _own(self, tokens_n: np.ndarray, step: int) -> tuple[list[int], bool]:
-    """A row's tokens before EOS, and whether EOS came."""
-    ids = tokens_n[:step].tolist()
-    eos = int(self._model.vocabulary.eos_id)
-    return (ids[: ids.index(eos)], True) if eos in ids else (ids, False)
-
-  def _look_for(self, stop: tuple[str, ...], state: State, done: np.ndarray) -> None:
-    """Ends rows whose text holds a stop string, at the token that completed it."""
-    tokens, decode = np.asarray(state.tokens_bn), self._model.vocabulary.decode
-    for row in range(self._prompts * self._samples):
-      if row in self._ends:
-        continue
-      ids, _ = self._own(tokens[row], int(state.step))
-      if any(s in decode(ids) for s in stop):
-        for count in range(self._known[row] + 1, len(ids) + 1):
-          text = decode(ids[:count])
-          places = [text.find(s) for s in stop if s in text]
-          if places:
-            self._ends[row] = (text[: min(places)], count)
-            done[row] = True
-            break
-      self._known[row] = len(ids)
-
-  def _show(self, state: State, done, stop, shown: str, show) -> str:
-    """Passes on what is certain of the text, returns all that was passed on."""
-    ids, _ = self._own(np.asarray(state.tokens_bn)[0], int(state.step))
-    text = self._ends[0][0] if 0 in self._ends else self._model.vocabulary.decode(ids)
-    if not done[0]:
-      # Bytes of a character, or letters of a stop string, may still be on their way.
-      held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-      text = text[: len(text) - held].rstrip('\ufffd')
-    if len(text) > len(shown) and text.startswith(shown):
-      show(text[len(shown) :])
-      return text
-    return shown
-
-  def _result(self, row: int, tokens_n, log_probs_n, step: int) -> Generation:
-    ids, ended = self._own(tokens_n, step)
-    finish = 'eos' if ended else 'length'
-    if row in self._ends:
-      text, count = self._ends[row]
-      ids, finish = ids[:count], 'stop'
-    else:
-      text = self._model.vocabulary.decode(ids)
-    return Generation(text, tuple(ids), tuple(log_probs_n[: len(ids)].tolist()), finish)

@@ -1,5 +1,8 @@
 """Generation: equal to the full forward pass, whatever the batch, the mesh and the chunks."""
 
+import types
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,8 @@ import pytest
 
 from openmoe.config import ConfigError
 from openmoe.inference.decode import Sampling, sample
-from openmoe.inference.model import CapacityWarning, bucket, row_keys
+from openmoe.inference.model import CapacityWarning, LanguageModel, bucket, row_keys
+from openmoe.inference.rows import Rows
 from tests.inference import case
 
 PROMPTS = [[5, 9, 33, 8, 60], [7], [11, 12, 50, 3, 3, 4, 9], [40, 41], [22, 21, 20]]
@@ -86,16 +90,84 @@ def test_stop_strings_end_a_text_wherever_tokens_end(name, batched):
   assert ''.join(shown) == found.text
 
 
-def test_room_ends_a_text(batched):
+def test_room_ends_a_text():
   model = case.model('openmoe')
   long = [3] * (model.max_length - 3)
   (found,) = model.generate([long], 10)[0]
-  assert (len(found.tokens), found.finish) in ((2, 'length'), (len(found.tokens), 'eos'))
+  assert (len(found.tokens), found.finish) == (2, 'length')
 
 
-def test_capacity_warns_with_its_measured_effect():
+def test_a_long_neighbour_takes_no_room_away():
+  model = case.model('openmoe')
+  long, short = [3] * (model.max_length - 3), [5, 9]
+  (alone,), (beside,) = model.generate([short], 12)[0], model.generate([long, short], 12)[1]
+  assert beside.tokens == alone.tokens and beside.finish == alone.finish
+  assert len(alone.tokens) == 12 or alone.finish == 'eos'
+
+
+def test_any_of_several_tokens_ends_a_text():
+  (free,) = case.model('openmoe').generate([PROMPTS[0]], NEW)[0]
+  second = free.tokens[-1]
+  at = free.tokens.index(second)
+  (found,) = case.model('openmoe', eos_ids=(1, second)).generate([PROMPTS[0]], NEW)[0]
+  assert (found.tokens, found.finish) == (free.tokens[:at], 'eos')
+
+
+class Spaced(case.Numbers):
+  """Drops the space that a text begins with, as SentencePiece does with its dummy prefix."""
+
+  def decode(self, ids) -> str:
+    return super().decode(ids).replace(chr(60 + 9), ' ').removeprefix(' ')
+
+
+def test_a_text_is_what_follows_the_prompt_in_the_decoded_whole():
+  model = case.model('openmoe')
+  rows = Rows([[5, 6], []], np.zeros((2, 1), np.uint32), model)
+  rows._model = types.SimpleNamespace(vocabulary=Spaced())
+  assert rows._text(0, [9, 9, 7]) == '  C'
+  assert rows._text(1, [9, 7]) == 'C'
+
+
+class Bytes:
+  """Ids from 10 on are bytes; a run of them that is no character is shown as U+FFFD."""
+
+  def decode(self, ids) -> str:
+    return ''.join(chr(60 + i) if i < 10 else '' for i in ids[:1]) + bytes(
+      i - 10 for i in ids if i >= 10
+    ).decode('utf-8', 'replace')
+
+  def is_byte(self, token: int) -> bool:
+    return token >= 10
+
+
+@pytest.mark.parametrize('every', [1, 2, 3])
+def test_everything_is_shown_in_the_end_though_bytes_change_what_stood_there(every):
+  ids = [5, 10 + 0x41, 10 + 0xC3, 10 + 0xA9, 10 + 0xE6, 10 + 0x42]
+  rows = Rows.__new__(Rows)
+  rows._model = types.SimpleNamespace(vocabulary=Bytes(), eos_ids=(1,))
+  rows._ends, rows._tails, rows._samples, rows._limits = {}, [[]], 1, np.array([99])
+  shown, out = '', []
+  for step in [*range(every, len(ids), every), len(ids)]:
+    state = types.SimpleNamespace(tokens_bn=np.array([ids]), step=step)
+    shown = rows._show(state, np.array([step == len(ids)]), (), shown, out.append)
+  assert ''.join(out) == Bytes().decode(ids) == 'AAé\ufffdB'
+
+
+def test_weights_that_are_no_numbers_end_generation():
+  whole = case.model('openmoe')
+  broken = jax.tree.map(lambda x: x * np.nan, case.parameters('openmoe'))
+  model = LanguageModel(whole.config, broken, case.Numbers(), max_length=64, name='broken:7')
+  with pytest.raises(ConfigError, match='broken:7 gives logits that are not finite'):
+    model.generate([[3, 4]], 4)
+
+
+def test_capacity_warns_once_where_something_was_dropped():
   model = case.model('openmoe', capacity=True)
-  with pytest.warns(CapacityWarning, match=r'[0-9.]+% of the choices of experts found no slot'):
+  with pytest.warns(CapacityWarning, match='routes with capacity') as seen:
+    model.generate([[3] * 30, [3] * 30], 2)
+  assert len(seen) == 1
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
     model.generate([[3] * 30, [3] * 30], 2)
   assert 0 < model.dropped_fraction < 1
   assert case.model('openmoe').dropped_fraction == 0.0

@@ -1,0 +1,186 @@
+"""One batch of prompts on its way: tokens from the devices, texts and their ends on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from openmoe.config import ConfigError
+from openmoe.inference.decode import Sampling, State, bucket, extend, start
+
+CHECK_EVERY = 16  # new tokens between two looks at the text for stop strings
+SHOW_EVERY = 2  # and between two pieces of text that are shown as they come
+# Last tokens of a prompt that its continuation is decoded with; one would do for its spaces, and
+# the character that a prompt ends with may have some bytes.
+CONTEXT_TOKENS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """One continuation.
+
+  Attributes:
+    text: ends before the stop string or EOS.
+    tokens: up to the one that completed the stop string, without EOS.
+    log_probs: of these tokens, natural logarithms, whatever the temperature.
+    finish: 'eos', 'stop' or 'length'.
+  """
+
+  text: str
+  tokens: tuple[int, ...]
+  log_probs: tuple[float, ...]
+  finish: str
+
+
+@jax.jit
+def _keys(seed_b):
+  return jax.vmap(jax.random.key)(seed_b)
+
+
+class Rows:
+  """One batch of prompts that is being continued.
+
+  Args:
+    prompts: token ids, without the token that begins a sequence.
+    seeds_ps: uint32 [prompts, samples] of the draws.
+    model: a LanguageModel.
+  """
+
+  def __init__(self, prompts, seeds_ps: np.ndarray, model: Any):
+    self._model, self._prompts = model, len(prompts)
+    self._tokens, self._lengths = model._padded([[model.start_id, *p] for p in prompts])
+    self._samples = seeds_ps.shape[1]
+    self._tails = [p[-CONTEXT_TOKENS:] for p in prompts]
+    self._limits = np.zeros(0, np.int64)  # most new tokens of each row
+    padded = np.zeros((len(self._tokens), self._samples), np.uint32)
+    padded[: len(prompts)] = seeds_ps
+    self._seeds = padded.reshape(-1)
+    self._known = [0] * self._seeds.size  # tokens of a row that hold no stop string
+    self._ends: dict[int, tuple[str, int]] = {}  # row -> (text, tokens) where it was stopped
+
+  def run(self, max_new: int, stop, sampling: Sampling, show) -> list[list[Generation]]:
+    """Continues all rows to their ends."""
+    model = self._model
+    # Every row has the room that its own prompt leaves, whoever is beside it.
+    room_p = model.max_length - self._lengths[: self._prompts]
+    self._limits = np.repeat(np.minimum(max_new, room_p), self._samples)
+    most = int(self._limits.max())
+    width = bucket(most, least=8)
+    every = SHOW_EVERY if show else CHECK_EVERY if stop else max_new
+    values = (np.float32(max(sampling.temperature, 1e-6)), np.float32(sampling.top_p))
+    fixed = {
+      'config': model.config,
+      'program': sampling.program,
+      'eos_ids': model.eos_ids,
+    }
+    real = np.repeat(self._lengths > 0, self._samples)
+    shown = ''
+    with model._on_mesh():
+      limit = min(every, most)
+      state = start(
+        model.params,
+        self._tokens,
+        self._lengths,
+        _keys(self._seeds),
+        ~real,
+        np.int32(limit),
+        *values,
+        samples=self._samples,
+        max_new=width,
+        **fixed,
+      )
+      while True:
+        done = np.asarray(state.done_b).copy()
+        done[: len(self._limits)] |= int(state.step) >= self._limits
+        if stop:
+          self._look_for(stop, state, done)
+        if show:
+          shown = self._show(state, done, stop, shown, show)
+        if done.all() or int(state.step) >= most:
+          break
+        limit = min(limit + every, most)
+        state = state.replace(done_b=jnp.asarray(done))
+        state = extend(model.params, state, np.int32(limit), *values, **fixed)
+    model._note_drops(state.drops)
+    tokens, log_probs = np.asarray(state.tokens_bn), np.asarray(state.log_probs_bn)
+    one = lambda row: self._result(row, tokens[row], log_probs[row], int(state.step))
+    rows = range(self._prompts * self._samples)
+    found = [one(row) for row in rows]
+    return [found[i : i + self._samples] for i in range(0, len(found), self._samples)]
+
+  def _own(self, row: int, tokens_n: np.ndarray, step: int) -> tuple[list[int], bool]:
+    """A row's tokens before EOS and inside its room, and whether EOS came."""
+    ids = tokens_n[: min(step, self._limits[row])].tolist()
+    end = next((i for i, token in enumerate(ids) if token in self._model.eos_ids), None)
+    return (ids, False) if end is None else (ids[:end], True)
+
+  def _text(self, row: int, ids: Sequence[int]) -> str:
+    """What a row's text has behind its prompt.
+
+    Tokens alone do not say it: SentencePiece drops the space of the first piece that it decodes,
+    so the last tokens of the prompt are decoded with them.
+    """
+    decode = self._model.vocabulary.decode
+    before = list(self._tails[row // self._samples])
+    if not before:
+      return decode(ids)
+    prompt, whole = decode(before).rstrip('\ufffd'), decode([*before, *ids])
+    return whole[len(prompt) :] if whole.startswith(prompt) else decode(ids)
+
+  def _look_for(self, stop: tuple[str, ...], state: State, done: np.ndarray) -> None:
+    """Ends rows whose text holds a stop string, at the token that completed it."""
+    tokens = np.asarray(state.tokens_bn)
+    for row in range(self._prompts * self._samples):
+      if row in self._ends:
+        continue
+      ids, _ = self._own(row, tokens[row], int(state.step))
+      if any(s in self._text(row, ids) for s in stop):
+        for count in range(self._known[row] + 1, len(ids) + 1):
+          text = self._text(row, ids[:count])
+          places = [text.find(s) for s in stop if s in text]
+          if places:
+            self._ends[row] = (text[: min(places)], count)
+            done[row] = True
+            break
+      self._known[row] = len(ids)
+
+  def _show(self, state: State, done, stop, shown: str, show) -> str:
+    """Passes on what is certain of the text, returns all that was passed on."""
+    ids, _ = self._own(0, np.asarray(state.tokens_bn)[0], int(state.step))
+    if not done[0]:
+      # A run of byte tokens may still change as a whole, and letters of a stop string may be on
+      # their way.
+      is_byte = getattr(self._model.vocabulary, 'is_byte', lambda token: False)
+      while ids and is_byte(ids[-1]):
+        ids.pop()
+    text = self._ends[0][0] if 0 in self._ends else self._text(0, ids)
+    if not done[0]:
+      held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+      text = text[: len(text) - held].rstrip('\ufffd')
+      if not text.startswith(shown):
+        return shown  # a later token will settle it
+    same = next((i for i, (a, b) in enumerate(zip(text, shown, strict=False)) if a != b), None)
+    same = min(len(text), len(shown)) if same is None else same
+    if new := text[same:]:
+      show(new)
+    return text
+
+  def _result(self, row: int, tokens_n, log_probs_n, step: int) -> Generation:
+    ids, ended = self._own(row, tokens_n, step)
+    finish = 'eos' if ended else 'length'
+    if row in self._ends:
+      text, count = self._ends[row]
+      ids, finish = ids[:count], 'stop'
+    else:
+      text = self._text(row, ids)
+    if not np.isfinite(log_probs_n[: len(ids)]).all():
+      raise ConfigError(
+        f'{self._model.name} gives logits that are not finite: its weights are not those of a '
+        'model that works. `python -m convert fsck` says which tensors are damaged.'
+      )
+    return Generation(text, tuple(ids), tuple(log_probs_n[: len(ids)].tolist()), finish)
