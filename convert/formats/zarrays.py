@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -255,12 +256,20 @@ def _merged(shape: tuple[int, ...], merge: int) -> tuple[int, ...]:
   return (*shape[: len(shape) - merge], math.prod(shape[-merge:])) if merge else shape
 
 
-def missing_chunks(array: ts.TensorStore) -> list[str]:
-  """Names of the chunks of an array that its store does not have."""
+def missing_chunks(array: ts.TensorStore, most: int = 8) -> list[str]:
+  """Names of the first chunks of an array that its store does not have."""
   keys = {key.decode().rsplit('/', 1)[-1] for key in array.kvstore.list().result()}
   chunk = array.chunk_layout.read_chunk.shape or ()
   grid = [range(-(-n // c)) for n, c in zip(array.shape, chunk, strict=True)]
-  names = ['']
-  for axis in grid:
-    names = [f'{name}.{i}' if name else str(i) for name in names for i in axis]
-  return [name for name in names if (name or '0') not in keys]
+  # One by one: a shape may claim more chunks than there is memory for their names.
+  names = ('.'.join(map(str, place)) or '0' for place in _places(grid))
+  return list(itertools.islice((name for name in names if name not in keys), most))
+
+
+def _places(grid: Sequence[range]) -> Iterator[tuple[int, ...]]:
+  if not grid:
+    yield ()
+    return
+  for i in grid[0]:
+    for rest in _places(grid[1:]):
+      yield (i, *rest)

@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import struct
+import tempfile
 import zipfile
 
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import save_file
 
 from convert import workplace
@@ -166,6 +168,14 @@ def test_pipes_and_devices_in_place_of_files_are_refused(folder, ours, tmp_path)
   assert 'a file belongs here' in case.cli('fsck', run, expect=1)
 
 
+def test_a_shape_of_more_chunks_than_memory_is_looked_at_in_no_time(ours, tmp_path):
+  run = case.copy(ours, tmp_path / 'checkpoint_7')
+  path = run / 'params' / 'decoder.sparse.moe.experts.wo.kernel' / '.zarray'
+  about = json.loads(path.read_text())
+  path.write_text(json.dumps(about | {'shape': [2**31, *about['shape'][1:]]}))
+  assert 'wo/kernel: chunk 2.0.0.0 is missing' in case.cli('fsck', run, expect=1)
+
+
 # --- .bin
 
 
@@ -289,6 +299,49 @@ def test_links_out_of_the_tokenizers_folder_are_refused(tmp_path):
     tokenizer_files(tmp_path / 'absent')
 
 
+# --- object stores
+
+
+class Store:
+  """gs:// in a local folder, in the place of epath's backend."""
+
+  def __init__(self, root):
+    self._root, self._real = root, epath.backend.os_backend
+
+  def __getattr__(self, name):
+    def local(path):
+      if not str(path).startswith('gs:/'):
+        return path
+      here = str(path).replace('gs:/', str(self._root))
+      if name in ('open', 'copy'):  # an object store has no folders to make first
+        os.makedirs(os.path.dirname(here), exist_ok=True)
+      return here
+
+    return lambda *args, **kwargs: getattr(self._real, name)(*map(local, args), **kwargs)
+
+
+@pytest.mark.parametrize('damaged', [False, True])
+def test_an_upload_is_read_back_and_its_staging_removed(damaged, ours, hf, tmp_path, monkeypatch):
+  bucket, staging = tmp_path / 'bucket', tmp_path / 'staging'
+  staging.mkdir()
+  store = Store(tmp_path)
+  real = epath.gpath._GPath._backend
+  which = property(lambda self: store if self._uri_scheme else real.fget(self))
+  monkeypatch.setattr(epath.gpath._GPath, '_backend', which)
+  monkeypatch.setattr(epath.gpath, '_get_backend', lambda a, b: store)
+  monkeypatch.setattr(tempfile, 'tempdir', str(staging))
+  if damaged:
+    write = lambda self, target, overwrite: epath.Path(target).write_bytes(b'half')
+    monkeypatch.setattr(epath.gpath._GPath, 'copy', write)
+    text = case.cli('export', '--to', 'hf', ours, 'gs://bucket/out', expect=64)
+    assert 'reads back other than it was uploaded' in text
+  else:
+    case.cli('export', '--to', 'hf', ours, 'gs://bucket/out')
+    there, here = case.contents(bucket / 'out'), case.contents(hf)
+    assert there == here
+  assert not list(staging.iterdir())
+
+
 # --- places and disks
 
 
@@ -323,8 +376,6 @@ def test_a_write_that_the_disk_cuts_short_is_gone_on_with(tmp_path, monkeypatch)
 
 
 def test_a_lock_on_a_file_that_is_gone_keeps_nobody_out(tmp_path, monkeypatch):
-  from etils import epath
-
   out = epath.Path(tmp_path / 'out')
   real, looked = workplace._same_file, []
 
