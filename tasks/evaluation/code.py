@@ -154,7 +154,7 @@ def mbpp(
     found = []
     for record in splits.read(data_dir, 'mbpp', 'test'):
       tests = _mbpp_tests(record)
-      reference = fields.text(record, 'code').replace('\r', '') if 'code' in record else ''
+      reference = fields.text(record, 'code').replace('\r', '') if record.get('code') else ''
       extra = {
         'setup': _mbpp_setup(record),
         'tests': tests,

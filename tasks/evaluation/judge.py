@@ -18,9 +18,9 @@ import json
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-from tasks.evaluation import jail, wire
+from tasks.evaluation import jail, split, wire
 
 _FUTURE = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 
@@ -59,6 +59,13 @@ class _Program:
     return self._names[name]
 
 
+def _refuse_tracing(event: str, args: tuple) -> None:
+  """An audit hook: a trace function could jump over statements of the program's own text."""
+  del args
+  if event in ('sys.settrace', 'sys.setprofile'):
+    raise PermissionError(f'{event} is not for programs that are judged')
+
+
 def run_program(reader: int, writer: int, settings: dict) -> None:
   """Executes what the tests' process sends, locked in.
 
@@ -87,6 +94,7 @@ def run_program(reader: int, writer: int, settings: dict) -> None:
     ready = str(error).encode() or b'?'
   os.write(writer, len(ready).to_bytes(1, 'little') + ready)
   if ready == b'1':
+    sys.addaudithook(_refuse_tracing)
     wire.Peer(reader, writer, serve).answer_until_end()
 
 
@@ -98,18 +106,19 @@ class _Names(dict):
 
   Args:
     peer: the way to the program.
-    own: names that the program gives a meaning, built-in ones included; None for all it has.
+    own: names that the program gives a meaning even where Python has something of that name.
+    modules: names that mean a module of Python's.
   """
 
-  def __init__(self, peer: wire.Peer, own: list[str] | None):
+  def __init__(self, peer: wire.Peer, own: Collection[str], modules: Collection[str]):
     super().__init__(__name__='__main__')
-    self._peer, self._own = peer, own
+    self._peer, self._own, self._modules = peer, own, modules
 
   def __missing__(self, name: str):
-    if self._own is not None and name not in self._own:
-      if hasattr(builtins, name):
+    if name not in self._own:
+      if name in vars(builtins):
         raise KeyError(name)
-      if name in sys.stdlib_module_names:
+      if name in self._modules:
         return importlib.import_module(name)
     return self._peer.request('name', name)
 
@@ -131,37 +140,17 @@ def _iterator(step: Callable) -> Callable:
   return checked
 
 
-def _split(source: str) -> list[tuple[list[ast.stmt], int, int]]:
-  """Runs of statements at the top level, alternately of the program ([], from, to) and its tests.
-
-  Tests are what HumanEval and MBPP append: `assert`, calls of `check`, and its definition.
-  """
-
-  def calls_check(node: ast.stmt) -> bool:
-    call = node.value if isinstance(node, ast.Expr) else None
-    return isinstance(call, ast.Call) and getattr(call.func, 'id', None) == 'check'
-
-  body = ast.parse(source, 'program').body
-  checked = any(map(calls_check, body))
-  parts: list[tuple[list[ast.stmt], int, int]] = []
-  for i, node in enumerate(body):
-    defines = isinstance(node, ast.FunctionDef) and node.name == 'check' and checked
-    if isinstance(node, ast.Assert) or calls_check(node) or defines:
-      parts.append(([node], i, i + 1))
-    elif parts and not parts[-1][0]:
-      parts[-1] = ([], parts[-1][1], i + 1)
-    else:
-      parts.append(([], i, i + 1))
-  return parts
-
-
 def _judge(peer: wire.Peer, job: dict) -> None:
   """Raises unless the program passes."""
-  peer.request('load', job['program'])
   if job['tests'] is None:
-    names, parts = _Names(peer, None), _split(job['program'])
+    text = split.Text(job['program'])
+    peer.request('load', text.program)
+    names = _Names(peer, text.own, ('math', 'cmath'))
+    names['__builtins__'] = split.BUILTINS
+    parts = text.parts
   else:
-    names = _Names(peer, job['names'])
+    peer.request('load', job['program'])
+    names = _Names(peer, job['names'], sys.stdlib_module_names)
     parts = [([], 0, None), (ast.parse(job['tests'], 'tests').body, 0, 0)]
   for tests, first, end in parts:
     if tests:

@@ -190,6 +190,15 @@ def test_a_reply_against_the_rules_ends_the_judgement(reply):
   assert 'breaks the rules' in judged(program, 'try:\n  f(1)\nexcept Exception:\n  pass\n')
 
 
+def test_no_statement_of_a_text_is_jumped_over():
+  trace = (
+    'import sys\ndef trace(frame, event, arg):\n'
+    '  if event == "line" and frame.f_lineno == 8: frame.f_lineno = 9\n  return trace\n'
+    'sys.settrace(trace)\nsys._getframe().f_trace = trace\nx = 1\nraise ValueError\nx = 2\n'
+  )
+  assert judged(trace, None).startswith('PermissionError')
+
+
 def test_judgements_leave_nothing_to_the_next():
   assert judged('import math\nmath.tau = None\ndef f(x): return x + 1\n') == 'passed'
   assert judged('import math\ndef f(x): return int(x + math.tau - 5)\n') == 'passed'
