@@ -55,8 +55,12 @@ class _Program:
     exec(compile(part, 'program', 'exec', self._flags, dont_inherit=True), self._names)
 
   def name(self, name: str):
-    """The value of a name of the top level; KeyError if there is none."""
-    return self._names[name]
+    """The value of a name of the top level, or else Python's; NameError if there is none."""
+    if name in self._names:
+      return self._names[name]
+    if name in vars(builtins):
+      return vars(builtins)[name]
+    raise NameError(f'name {name!r} is not defined')
 
 
 def _refuse_tracing(event: str, args: tuple) -> None:
@@ -107,16 +111,19 @@ class _Names(dict):
   Args:
     peer: the way to the program.
     own: names that the program gives a meaning even where Python has something of that name.
+    built_in: other names that Python gives a meaning.
     modules: names that mean a module of Python's.
   """
 
-  def __init__(self, peer: wire.Peer, own: Collection[str], modules: Collection[str]):
-    super().__init__(__name__='__main__')
-    self._peer, self._own, self._modules = peer, own, modules
+  def __init__(
+    self, peer: wire.Peer, own: Collection[str], built_in: dict, modules: Collection[str]
+  ):
+    super().__init__(__name__='__main__', __builtins__=built_in)
+    self._peer, self._own, self._built_in, self._modules = peer, own, built_in, modules
 
   def __missing__(self, name: str):
     if name not in self._own:
-      if name in vars(builtins):
+      if name in self._built_in:
         raise KeyError(name)
       if name in self._modules:
         return importlib.import_module(name)
@@ -145,12 +152,11 @@ def _judge(peer: wire.Peer, job: dict) -> None:
   if job['tests'] is None:
     text = split.Text(job['program'])
     peer.request('load', text.program)
-    names = _Names(peer, text.own, ('math', 'cmath'))
-    names['__builtins__'] = split.BUILTINS
+    names = _Names(peer, text.own, split.BUILTINS, ('math', 'cmath'))
     parts = text.parts
   else:
     peer.request('load', job['program'])
-    names = _Names(peer, job['names'], sys.stdlib_module_names)
+    names = _Names(peer, job['names'], vars(builtins), sys.stdlib_module_names)
     parts = [([], 0, None), (ast.parse(job['tests'], 'tests').body, 0, 0)]
   for tests, first, end in parts:
     if tests:

@@ -3,7 +3,7 @@
 Tests are `assert`, calls of `check`, and its definition. What the text may do there is little:
 tests are run where the verdict is, and whoever wrote the program may have written them. So a test
 that imports something, or names what starts with an underscore or belongs to frames and code, is
-left to the program, and only such built-in names as compute are Python's own.
+left to the program, and of the built-in names only such as compute are had without it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import ast
 import builtins
 import re
 
-_PURE = """abs all any ascii bin bool bytearray bytes callable chr complex dict divmod enumerate filter
-float frozenset hash hex id int isinstance issubclass iter len list map max min next oct ord pow
-print range repr reversed round set slice sorted str sum tuple type zip False None True Ellipsis
+_PURE = """abs all any ascii bin bool bytearray bytes callable chr complex dict divmod enumerate
+filter float frozenset hash hex id int isinstance issubclass iter len list map max min next oct ord
+pow print range repr reversed round set slice sorted str sum tuple type zip False None True Ellipsis
 NotImplemented __build_class__"""
 _ERRORS = {
   name: kind
@@ -54,7 +54,7 @@ class Text:
   Attributes:
     program: the text with a `pass` for every test, so that the program cannot read them.
     parts: what is to be run, one after the other.
-    shadowing: built-in names that mean the program's: those it defines, if the tests name nothing
+    own: built-in names that mean the program's: those it defines, if the tests name nothing
       else of it (some of MBPP's functions are called `sum` or `max`).
 
   Raises:
@@ -80,7 +80,7 @@ class Text:
     defined = {node.name for node in rest if isinstance(node, kinds)}
     named = _names(tests, ast.Load) & (defined | _names(rest, ast.Store))
     others = any(not hasattr(builtins, name) for name in named)
-    self.shadowing = set() if others else named & defined
+    self.own = set() if others else named & defined
 
 
 def _without(source: str, tests: list[ast.stmt]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.evaluation import jail, sandbox
+from tasks.evaluation import jail, sandbox, split
 
 pytestmark = pytest.mark.skipif(
   not (jail.has_seccomp() and jail.landlock_version()),
@@ -188,6 +188,59 @@ def test_a_reply_against_the_rules_ends_the_judgement(reply):
   )
   # Even tests that swallow every exception do not pass.
   assert 'breaks the rules' in judged(program, 'try:\n  f(1)\nexcept Exception:\n  pass\n')
+
+
+_IN_TEXT = {
+  'reads the tests in its own text': (
+    'import gc\ndef f(x):\n  for o in gc.get_objects():\n'
+    '    if type(o) is dict and "_body" in o: source = ast.dump(o["_body"])\n'
+    '  for text in gc.get_objects():\n'
+    '    if type(text) is list and "assert f(1)" in str(text[:9]): return 2\n'
+    '  frame = __import__("sys")._getframe()\n'
+    '  while frame:\n'
+    '    if "assert f(1)" in str(frame.f_locals): return 2\n'
+    '    frame = frame.f_back\n'
+  ),
+  'changes a built-in function': 'def f(x): return 0\ndef abs(x): return 0\nlen = all = abs\n',
+  'equal to everything': (
+    'class A(int):\n  __eq__ = __ne__ = __lt__ = __gt__ = lambda *_: True\ndef f(x): return A()\n'
+  ),
+  'leaves by a test': (
+    'def f(x): return 0\n'
+    'assert [__import__("os").write(n, b\'[true, "passed"]\') for n in range(9, 3, -1)]\n'
+    'assert __import__("os")._exit(0)\n'
+  ),
+  'leaves by a check': (
+    'def f(x): return 0\ndef check(c):\n  import os\n  for n in range(3, 9):\n'
+    '    try: os.write(n, b\'[true, "passed"]\')\n    except OSError: pass\n  os._exit(0)\n'
+    'check(1)\n'
+  ),
+}
+
+
+@pytest.mark.parametrize('name', _IN_TEXT)
+def test_tests_in_a_text_are_out_of_reach(name):
+  text = f'{_IN_TEXT[name]}\nassert f(1) == 2\nassert abs(f(1) - 2) < 1e-6\n'
+  assert judged(text, None) != 'passed'
+
+
+def test_a_text_keeps_its_lines_without_its_tests():
+  text = (
+    'x = 1\nassert (x\n  == 1); y = 2; assert y\n@f\ndef check(c):\n  assert c\ncheck(x)\nz = "é"'
+  )
+  found = split.Text(text)
+  assert found.program == 'x = 1\npass; y = 2; pass\n\npass\n\n\npass\nz = "é"'
+  assert [(len(tests), first, end) for tests, first, end in found.parts] == [
+    (0, 0, 1), (1, 1, 2), (0, 2, 3), (1, 3, 4), (1, 4, 5), (1, 5, 6), (0, 6, 7)
+  ]  # fmt: skip
+
+
+def test_built_in_functions_that_reach_further_are_the_programs():
+  assert (
+    judged('class A: b = 3\nassert getattr(A, "b") == 3 and eval("1 + 1") == 2', None) == 'passed'
+  )
+  assert judged('def sum(a, b): return a * b\nassert sum(3, 4) == 12', None) == 'passed'
+  assert judged('assert nothing', None).startswith('NameError')
 
 
 def test_no_statement_of_a_text_is_jumped_over():
