@@ -101,9 +101,9 @@ class Feed:
     """Whether the next batch is there, waited for so long at most; see ShardedStream.ready."""
     return self._stream.ready(seconds)
 
-  def state(self) -> dict[str, bytes]:
-    """Stream positions that this process saves, by shard."""
-    shards, entries = self._shards(self._stream.data), self._stream.state()
+  def state(self, seconds: float = 60.0) -> dict[str, bytes]:
+    """Stream positions that this process saves, by shard; see ShardedStream.state."""
+    shards, entries = self._shards(self._stream.data), self._stream.state(seconds)
     return {
       name: entries[name]
       for name, shard in zip(entries, shards, strict=True)

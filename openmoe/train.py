@@ -28,7 +28,6 @@ from openmoe.checkpoint.paths import Unreadable
 from openmoe.config import (
   ConfigError,
   DataConfig,
-  InitialState,
   MeshConfig,
   ModelConfig,
   OptimizerConfig,
@@ -45,7 +44,9 @@ from openmoe.plan import abstract_state, flops_before
 from openmoe.programme import Programme, as_programme, check_optimizers
 from openmoe.running.agreement import in_first
 from openmoe.running.lease import Lease
+from openmoe.running.origin import initial_state, initial_step
 from openmoe.running.signals import Signals
+from openmoe.running.stuck import wait_for_data
 from openmoe.running.validation import make_evaluation
 from openmoe.train_state import TrainState, identity, init_state, model_fields, state_shardings
 from openmoe.train_step import train_step
@@ -188,7 +189,7 @@ def train(
     start = checkpointer.latest_step()
     if jax.process_index() == 0:
       write_run_record(run.model_dir, config_text, start or 0)
-    first = start if start is not None else _initial_step(run)
+    first = start if start is not None else initial_step(run)
     feed = opened.enter_context(Feed(device_mesh, programme, first))
     opened.enter_context(jax.set_mesh(device_mesh))
     init = jax.jit(
@@ -263,53 +264,6 @@ def train(
   )
 
 
-def _initial_parts(run: TrainConfig) -> tuple[str, int]:
-  """(run directory, step) of run.initial_checkpoint.
-
-  Raises:
-    ConfigError: the path is not a checkpoint's.
-  """
-  directory, _, name = run.initial_checkpoint.rstrip('/').rpartition('/')
-  prefix, _, step = name.rpartition('_')
-  if prefix != 'checkpoint' or not step.isdigit():
-    raise ConfigError(
-      f'initial_checkpoint={run.initial_checkpoint!r} must end in checkpoint_STEP, the directory '
-      f'of one checkpoint of a run; --gin.INITIAL_CHECKPOINT sets it.'
-    )
-  return directory or '.', int(step)
-
-
-def _initial_step(run: TrainConfig) -> int:
-  """The step that a new run begins at."""
-  if run.initial_checkpoint and run.initial_state is InitialState.ALL:
-    return _initial_parts(run)[1]
-  return 0
-
-
-def initial_state(
-  run: TrainConfig, model: dict, abstract: TrainState, init: Callable[[], TrainState]
-) -> TrainState:
-  """The state that run.initial_checkpoint gives a new run; its data stream starts afresh.
-
-  Args:
-    model: identity() of the model.
-    abstract: shapes and shardings of the state.
-    init: makes the state of a run from scratch, for what is not taken over.
-
-  Raises:
-    ConfigError: the path is not a checkpoint's, or the checkpoint is of another model.
-    CheckpointError: it is damaged or absent.
-  """
-  directory, step = _initial_parts(run)
-  source = Checkpointer(directory, 1, model, read_only=True)
-  try:
-    if run.initial_state is InitialState.ALL:
-      return source.restore(step, abstract)[0]
-    return init().replace(params=source.restore_params(step, abstract.params))
-  finally:
-    source.close()
-
-
 def _loop(at: Running) -> End:
   """Steps until total_steps, a signal or the end of the data; saves what was trained."""
   # Metrics stay on the device until a record is due, so the host runs ahead of the devices.
@@ -321,16 +275,19 @@ def _loop(at: Running) -> End:
       step, metrics, batch = pending.popleft()
       _record(at, step, jax.device_get(metrics), batch)
 
-  def save() -> None:
+  def save(seconds: float = 60.0) -> None:
     at.lease.check()
     flush()  # never save what has not been seen to be finite
     at.writer.flush()
-    at.checkpointer.save(at.step, at.state, at.feed.state(), at.describe(at.step))
+    at.checkpointer.save(at.step, at.state, at.feed.state(seconds), at.describe(at.step))
 
   # Signals that came while the run was opened are granted before the first step.
   if at.step < run.total_steps and at.signals.stop_now():
     return End.STOPPED
   while at.step < run.total_steps:
+    if not wait_for_data(at.feed, at.signals, at.writer.note, at.step):
+      save(seconds=0.5)
+      return End.STOPPED
     batch = next(at.feed, None)
     if batch is None:
       if not at.step:

@@ -23,7 +23,8 @@ from openmoe.config import (
 from openmoe.data.sources import TextFiles
 from openmoe.models import build_model
 from openmoe.optimizer import learning_rate
-from openmoe.train import initial_state, train
+from openmoe.running.origin import initial_state
+from openmoe.train import train
 from openmoe.train_state import TrainState, identity, init_state
 from tasks import chains
 

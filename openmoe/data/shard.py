@@ -11,23 +11,18 @@ import collections
 import dataclasses
 import difflib
 import hashlib
-import io
 import json
 import math
-import os
 import re
-import tempfile
 import weakref
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
 from openmoe.config import ConfigError, DataConfig
-from openmoe.data import cache, features, files
+from openmoe.data import cache, features, position
 from openmoe.data.concat import plain
 from openmoe.data.features import Example, Row
 from openmoe.data.sources import TextFiles
@@ -100,7 +95,7 @@ def signature(config: DataConfig) -> dict[str, object]:
 
 def saved_config(position: bytes, tokens_per_step: int) -> DataConfig:
   """What a saved position of a shard was made with, but for the batch size, which is no part."""
-  fields = _read_position(position, 'The saved data position')[1]['signature']
+  fields = position.read(position, 'The saved data position')[1]['signature']
   try:
     fields = {key: value for key, value in fields.items() if key != 'rates'}
     batch_size = tokens_per_step // sum(fields['task_feature_lengths'].values())
@@ -144,6 +139,7 @@ class Shard:
     self._examples: collections.deque[Example] = collections.deque()
     self._rows: collections.deque[Row] = collections.deque()
     self._ended = False
+    self._known: bytes | None = None  # the newest position that was taken or restored
 
   def close(self) -> None:
     """Ends TensorFlow's threads of this shard; may be called twice."""
@@ -296,20 +292,31 @@ class Shard:
     rows = [*pending, *self._rows]
     groups = [*rows, *(tuple(row) for row in self._packer.open)]
     examples = [e for row in groups for e in row] + list(self._examples)
-    header = {
-      'signature': signature(self._config),
-      'shard': self._shard,
-      'row_sizes': [len(row) for row in rows],
-      'open_sizes': [len(row) for row in self._packer.open],
-      'ended': self._ended,
-    }
+    header = self._header(
+      row_sizes=[len(row) for row in rows],
+      open_sizes=[len(row) for row in self._packer.open],
+      ended=self._ended,
+    )
     arrays = features.pack_examples(examples)
-    for name, content in _save_iterator(self._held[0]).items():
+    for name, content in position.save_iterator(self._held[0]).items():
       arrays[f'file:{name}'] = np.frombuffer(content, np.uint8)
-    arrays['header'] = np.array(json.dumps(header, sort_keys=True))
-    out = io.BytesIO()
-    np.savez_compressed(out, **arrays)
-    return out.getvalue()
+    self._known = position.pack(arrays, header)
+    return self._known
+
+  def _header(self, **facts: object) -> dict[str, object]:
+    return {'signature': signature(self._config), 'shard': self._shard} | facts
+
+  def known_state(self, rows: int) -> bytes:
+    """The position so many rows after the newest that was taken or restored.
+
+    Asks TensorFlow for nothing, so it is there while a read is stuck. What restores it reads those
+    rows again.
+    """
+    if self._known is None:
+      header = self._header(row_sizes=[], open_sizes=[], ended=False, skip=rows, fresh=True)
+      return position.pack(features.pack_examples([]), header)
+    arrays, header = position.read(self._known, self.name)
+    return position.pack(arrays, header | {'skip': header.get('skip', 0) + rows})
 
   def restore(self, state: bytes) -> None:
     """Continues after the batch the state was taken at.
@@ -317,7 +324,7 @@ class Shard:
     Raises:
       ConfigError: if the state belongs to another mixture, seed, length or sharding.
     """
-    arrays, header = _read_position(state, self.name)
+    arrays, header = position.read(state, self.name)
     mine = json.loads(json.dumps(signature(self._config)))
     differing = {k: (header['signature'].get(k), v) for k, v in mine.items()
                  if header['signature'].get(k) != v}  # fmt: skip
@@ -330,89 +337,24 @@ class Shard:
         'settings it was saved with, or start a new run directory.'
       )
     contents = {k[5:]: v.tobytes() for k, v in arrays.items() if k.startswith('file:')}
-    _load_iterator(self._held[0], contents, self.name)
+    if not header.get('fresh'):
+      position.load_iterator(self._held[0], contents, self.name)
     try:
       examples = iter(features.unpack_examples(arrays))
-      self._rows = collections.deque(_take_rows(examples, header['row_sizes']))
-      self._packer.reopen(_take_rows(examples, header['open_sizes']))
+      self._rows = collections.deque(position.take_rows(examples, header['row_sizes']))
+      self._packer.reopen(position.take_rows(examples, header['open_sizes']))
     except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
       raise ConfigError(
         f'The saved data position of {self.name} is damaged ({error!r}).'
       ) from error
     self._examples = collections.deque(examples)
     self._ended = header['ended']
+    self._known = state
+    for _ in range(header.get('skip', 0)):
+      self.next_row()
 
 
 def _said(error: tf.errors.OpError) -> str:
   """What a reader of ours said; TensorFlow puts a page of its graph and a traceback around it."""
   ours = re.search(r'(?:\w*Error|DamagedFile): (.+?)\nTraceback', error.message, re.DOTALL)
   return ours[1].strip() if ours else error.message
-
-
-def _take_rows(examples: Iterator[Example], sizes: Sequence[int]) -> list[Row]:
-  return [tuple(next(examples) for _ in range(size)) for size in sizes]
-
-
-def _save_iterator(iterator) -> dict[str, bytes]:
-  """The files of tf.train.Checkpoint(iterator), by name."""
-  with tempfile.TemporaryDirectory(prefix='openmoe-data-') as folder:
-    tf.train.Checkpoint(iterator=iterator).write(os.path.join(folder, 'position'))
-    contents = {}
-    for name in sorted(os.listdir(folder)):
-      with open(os.path.join(folder, name), 'rb') as f:
-        contents[name] = f.read()
-    return contents
-
-
-# The names that tf.train.Checkpoint gives its files. A position that somebody sent may hold others.
-_ITERATOR_FILE = re.compile(r'position\.(index|data-\d{5}-of-\d{5})')
-_MOST_BYTES = 1 << 31  # of a position; real ones have a few MB
-_HEADER = {'signature': dict, 'shard': int, 'row_sizes': list, 'open_sizes': list, 'ended': bool}
-
-
-def _read_position(state: bytes, name: str) -> tuple[dict[str, np.ndarray], dict]:
-  """(arrays, header) of a saved position, which may come from anybody.
-
-  Raises:
-    ConfigError: it is damaged, or names files other than an iterator's.
-  """
-  try:
-    with zipfile.ZipFile(io.BytesIO(state)) as archive:
-      size = sum(entry.file_size for entry in archive.infolist())
-    if size > _MOST_BYTES:
-      raise ValueError(f'it unpacks to {size:,} bytes')
-    with np.load(io.BytesIO(state), allow_pickle=False) as loaded:
-      arrays = dict(loaded)
-    header = files.loads(str(arrays['header']))
-  except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-    raise ConfigError(f'The saved data position of {name} is damaged ({e}).') from e
-  wrong = [
-    key
-    for key in arrays
-    if key.startswith('file:') and not _ITERATOR_FILE.fullmatch(key.removeprefix('file:'))
-  ]
-  if wrong:
-    raise ConfigError(
-      f'The saved data position of {name} holds a file named {wrong[0][5:]!r}; only files of a '
-      'TensorFlow iterator (position.index, position.data-...) belong there. Nothing was written.'
-    )
-  for key, kind in _HEADER.items():
-    if not isinstance(header, dict) or not isinstance(header.get(key), kind):
-      raise ConfigError(f'The saved data position of {name} is damaged: no {key} in its header.')
-  return arrays, header
-
-
-def _load_iterator(iterator, contents: dict[str, bytes], name: str) -> None:
-  with tempfile.TemporaryDirectory(prefix='openmoe-data-') as folder:
-    for file, content in contents.items():
-      with open(os.path.join(folder, file), 'wb') as f:
-        f.write(content)
-    checkpoint = tf.train.Checkpoint(iterator=iterator)
-    try:
-      checkpoint.read(os.path.join(folder, 'position')).assert_consumed()
-    except (AssertionError, tf.errors.OpError, ValueError) as error:
-      raise ConfigError(
-        f'The saved data position of {name} does not fit this data pipeline (another version of '
-        'the code or of TensorFlow made it, or it is damaged). Continue with that version, or set '
-        'ALLOW_DATA_CHANGE=True to begin the data anew.'
-      ) from error

@@ -86,7 +86,7 @@ class StagedStream:
     self._step += 1
     return padding_batch(data, len(self._shard_ids(data)))
 
-  def state(self) -> dict[str, bytes]:
+  def state(self, seconds: float = 60.0) -> dict[str, bytes]:
     """One entry a shard: the stage's name, the step after the last batch, and the position.
 
     Just after the last batch of a stage the position is still that stage's, at its end.
@@ -96,7 +96,7 @@ class StagedStream:
     header = json.dumps({'step': self._step, 'stages': self._signature(self._stage)}).encode()
     return {
       f'{self._programme.stages[self._stage].name}-{name}': header + b'\n' + position
-      for name, position in self._stream.state().items()
+      for name, position in self._stream.state(seconds).items()
     }
 
   def _signature(self, last: int) -> list[list[object]]:

@@ -61,10 +61,6 @@ def _check_shards(config: DataConfig, shard_ids: Sequence[int]) -> list[int]:
 abandoned: list[str] = []
 
 
-class StuckDataError(RuntimeError):
-  """Data do not come; the message names the mixture."""
-
-
 class ShardedStream:
   """Iterator over the numpy Batches of some logical shards; a context manager.
 
@@ -89,6 +85,7 @@ class ShardedStream:
     self._working = threading.Lock()
     self._changed = threading.Condition()
     self.last_rows: list[Row] = []
+    self._since = 0  # batches given since a position was taken or restored
     # A stream nobody closed must not read on while the interpreter is taken down.
     self._at_exit = functools.partial(_close, weakref.ref(self))
     atexit.register(self._at_exit)
@@ -167,6 +164,7 @@ class ShardedStream:
         raise self._error
       rows = self._ready.popleft()
       self._changed.notify_all()
+    self._since += 1
     self.last_rows = [row for of_shard in rows for row in of_shard]
     return features.batch_rows(self.last_rows, self._config.task_feature_lengths)
 
@@ -188,17 +186,16 @@ class ShardedStream:
     Args:
       seconds: how long to wait for a read that is under way.
 
+    Where the read does not end, the position is the one before and how many rows came since.
+
     Raises:
-      StuckDataError: it did not end; there is no position in the middle of it.
       whatever stopped the reading thread.
     """
     if self._closed:
       raise RuntimeError('The stream is closed.')
     if not self._working.acquire(timeout=seconds):
-      raise StuckDataError(
-        f'Data of {self._config.mixture_or_task_name} have not come for {seconds:.0f} s, so their '
-        'position cannot be saved: look at the disk or mount that holds them.'
-      )
+      rows = self._since * self._rows_each
+      return {shard.name: shard.known_state(rows) for shard in self._shards}
     try:
       if self._error is not None and not isinstance(self._error, StopIteration):
         raise self._error
@@ -206,6 +203,7 @@ class ShardedStream:
       for index, shard in enumerate(self._shards):
         pending = [row for rows in self._ready for row in rows[index]]
         entries[shard.name] = shard.state(pending)
+      self._since = 0
       return entries
     finally:
       self._working.release()
@@ -227,6 +225,7 @@ class ShardedStream:
           f'{sorted(entries)}: num_shards must stay what the run began with.'
         )
       shard.restore(entries[shard.name])
+    self._since = 0
 
   def close(self) -> None:
     """Stops the reading thread; may be called twice.

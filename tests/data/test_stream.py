@@ -168,22 +168,34 @@ def test_a_position_that_somebody_sent_writes_nothing_and_says_what_is_wrong(
   assert not target.exists()
 
 
-def test_a_read_that_does_not_end_is_named_and_left_behind(config, monkeypatch):
-  stuck, go_on = threading.Event(), threading.Event()
+@pytest.mark.parametrize('saved_before', [False, True])
+def test_a_read_that_does_not_end_is_left_behind_with_an_exact_position(
+  config, whole, monkeypatch, saved_before
+):
+  stuck, go_on, read = threading.Event(), threading.Event(), stream_module.Shard.next_row
 
   def hang(self):
     stuck.set()
     go_on.wait(60)
+    return read(self)
 
   monkeypatch.setattr(stream_module, '_PATIENCE', 0.1)
-  monkeypatch.setattr(stream_module.Shard, 'next_row', hang)
   monkeypatch.setattr(stream_module, 'abandoned', [])
-  stream = ShardedStream(config, [0])
-  assert not stream.ready(0.05) and stuck.wait(10)
-  with pytest.raises(stream_module.StuckDataError, match=config.mixture_or_task_name):
-    stream.state(seconds=0.1)
+  stream = ShardedStream(config, range(SHARDS))
+  given = len(take(stream, 2))
+  if saved_before:
+    stream.state()
+  monkeypatch.setattr(stream_module.Shard, 'next_row', hang)
+  while stream.ready(0.2) or not stuck.is_set():
+    if stream.ready(0.0):
+      given += len(take(stream, 1))
+  entries = stream.state(seconds=0.1)
   stream.close()
   assert stream_module.abandoned == [config.mixture_or_task_name]
+  monkeypatch.setattr(stream_module.Shard, 'next_row', read)
+  with ShardedStream(config, range(SHARDS)) as again:
+    again.restore(entries)
+    np.testing.assert_array_equal(take(again, 2), whole[0][given : given + 2])
   go_on.set()
 
 

@@ -1,0 +1,56 @@
+"""What a new run takes over from a checkpoint of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from openmoe.checkpoint.checkpointer import Checkpointer
+from openmoe.config import ConfigError, InitialState, TrainConfig
+from openmoe.train_state import TrainState
+
+
+def _initial_parts(run: TrainConfig) -> tuple[str, int]:
+  """(run directory, step) of run.initial_checkpoint.
+
+  Raises:
+    ConfigError: the path is not a checkpoint's.
+  """
+  directory, _, name = run.initial_checkpoint.rstrip('/').rpartition('/')
+  prefix, _, step = name.rpartition('_')
+  if prefix != 'checkpoint' or not step.isdigit():
+    raise ConfigError(
+      f'initial_checkpoint={run.initial_checkpoint!r} must end in checkpoint_STEP, the directory '
+      f'of one checkpoint of a run; --gin.INITIAL_CHECKPOINT sets it.'
+    )
+  return directory or '.', int(step)
+
+
+def initial_step(run: TrainConfig) -> int:
+  """The step that a new run begins at."""
+  if run.initial_checkpoint and run.initial_state is InitialState.ALL:
+    return _initial_parts(run)[1]
+  return 0
+
+
+def initial_state(
+  run: TrainConfig, model: dict, abstract: TrainState, init: Callable[[], TrainState]
+) -> TrainState:
+  """The state that run.initial_checkpoint gives a new run; its data stream starts afresh.
+
+  Args:
+    model: identity() of the model.
+    abstract: shapes and shardings of the state.
+    init: makes the state of a run from scratch, for what is not taken over.
+
+  Raises:
+    ConfigError: the path is not a checkpoint's, or the checkpoint is of another model.
+    CheckpointError: it is damaged or absent.
+  """
+  directory, step = _initial_parts(run)
+  source = Checkpointer(directory, 1, model, read_only=True)
+  try:
+    if run.initial_state is InitialState.ALL:
+      return source.restore(step, abstract)[0]
+    return init().replace(params=source.restore_params(step, abstract.params))
+  finally:
+    source.close()
