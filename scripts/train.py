@@ -19,6 +19,7 @@ from openmoe.observe import command
 
 command.prepare(__name__)
 
+import os
 import sys
 
 from scripts import quiet
@@ -30,6 +31,7 @@ import jax
 from absl import flags
 
 from openmoe import train as train_lib
+from openmoe.data import stream
 from openmoe.observe.display import Sheltered
 from scripts import data_flags, gin_flags, processes
 
@@ -82,7 +84,12 @@ def run() -> None:
   """Entry point."""
   # Whoever reads what is shown may go away; training does not end for it.
   sys.stdout, sys.stderr = Sheltered(sys.stdout), Sheltered(sys.stderr)
-  gin_flags.run(main)
+  try:
+    gin_flags.run(main)
+  except SystemExit as end:
+    if stream.abandoned:  # the thread of a stuck read would keep the process for ever
+      os._exit(end.code if isinstance(end.code, int) else 1)
+    raise
 
 
 if __name__ == '__main__':

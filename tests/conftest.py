@@ -11,7 +11,10 @@ import tempfile
 # Compilation is most of the time of these tests, and none of them is about speed.
 _DEVICES = (
   '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 '
-  '--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false'
+  '--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false '
+  # A busy machine runs the devices one after the other; XLA would abort after 40 s.
+  '--xla_cpu_collective_call_terminate_timeout_seconds=600 '
+  '--xla_cpu_collective_timeout_seconds=600'
 )
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
