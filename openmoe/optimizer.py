@@ -15,7 +15,6 @@ import numpy as np
 import optax
 
 from openmoe.config import OptimizerConfig, OptimizerName, Schedule
-from openmoe.programme import Programme
 from openmoe.types import Array, PyTree
 
 STACK_AXES = ('groups', 'layers')
@@ -53,26 +52,6 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         return base * linear(step) * config.final_fraction**progress
 
   return schedule
-
-
-def programme_rate(
-  programme: Programme, config: OptimizerConfig, total_steps: int
-) -> optax.Schedule:
-  """Global step -> learning rate over all stages.
-
-  A stage with a schedule of its own counts from its first step, over its own steps; the others
-  follow the run's schedule by the global step.
-  """
-  starts = programme.starts()
-  whole = learning_rate(config, total_steps)
-
-  def of_stage(stage, start):
-    if stage.optimizer is None:
-      return lambda inside: whole(inside + start)
-    return learning_rate(stage.optimizer, stage.steps)
-
-  schedules = [of_stage(s, start) for s, start in zip(programme.stages, starts, strict=True)]
-  return optax.join_schedules(schedules, starts[1:])
 
 
 class Factoring(NamedTuple):

@@ -14,7 +14,7 @@ from functools import partial
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from openmoe.config import ConfigError, DataConfig, MeshConfig, ModelConfig
+from openmoe.config import ConfigError, MeshConfig
 from openmoe.types import Array, PyTree
 
 DATA, EXPERT, MODEL = 'data', 'expert', 'model'
@@ -100,62 +100,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(config, len(devices))
   return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-
-
-def check_divisible(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
-  """Refuses sizes that the mesh cannot split evenly.
-
-  Raises:
-    ConfigError: with the size, the mesh axis and what would fit.
-  """
-  mp, ep = mesh.shape[MODEL], mesh.shape[EXPERT]
-  sizes = {
-    'vocab_size': model.vocab_size,
-    'num_heads': model.num_heads,
-    'mlp_dim': model.mlp_dim,
-    'embed_dim': model.embed_dim,
-  }
-  for name, size in sizes.items():
-    if size % mp:
-      raise ConfigError(
-        f'{name}={size} does not divide by NUM_MODEL_PARTITIONS={mp}; '
-        f'choose one of {[p for p in range(1, mp + 1) if size % p == 0]}.'
-      )
-  if model.moe and model.moe.num_experts % ep:
-    experts = model.moe.num_experts
-    raise ConfigError(
-      f'num_experts={experts} does not divide by NUM_EXPERT_PARTITIONS={ep}; '
-      f'choose one of {[p for p in range(1, experts + 1) if experts % p == 0]}.'
-    )
-
-
-def check_batch(
-  model: ModelConfig, data: DataConfig, num_microbatches: int, mesh: jax.sharding.Mesh
-) -> None:
-  """Refuses batches that cannot be cut into microbatches, device rows and routing groups.
-
-  Raises:
-    ConfigError: with the numbers, the rule and the nearest batch or group size that fits.
-  """
-  shards = mesh.shape[DATA] * mesh.shape[EXPERT]
-  unit = shards * num_microbatches
-  if data.batch_size % unit:
-    raise ConfigError(
-      f'batch_size={data.batch_size} must be a multiple of data x expert partitions ({shards}) x '
-      f'num_microbatches ({num_microbatches}) = {unit}; the next that fits is '
-      f'{-(-data.batch_size // unit) * unit}.'
-    )
-  if model.moe is None:
-    return
-  tokens_per_shard = data.batch_size // unit * data.row_length
-  size = model.moe.group_size
-  if tokens_per_shard % size:
-    fits = [n for n in range(1, tokens_per_shard + 1) if tokens_per_shard % n == 0]
-    nearest = min(fits, key=lambda n: abs(n - size))
-    raise ConfigError(
-      f'group_size={size} does not divide the {tokens_per_shard} tokens that each of the {shards} '
-      f'data x expert partitions holds in one microbatch; the nearest that fits is {nearest}.'
-    )
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:

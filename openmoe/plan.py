@@ -1,4 +1,4 @@
-"""What a run will cost, known before anything is allocated: parameters, bytes, FLOPs."""
+"""What a run will cost and whether it fits its mesh, known before anything is allocated."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ import math
 
 import flax.traverse_util
 import jax
+import optax
 
 from openmoe import partitioning
 from openmoe.config import (
   Architecture,
   CapacityConvention,
+  ConfigError,
+  DataConfig,
   Dispatch,
   MeshConfig,
   ModelConfig,
   OptimizerConfig,
+  TrainConfig,
 )
 from openmoe.optimizer import learning_rate, make_optimizer
-from openmoe.programme import Programme
+from openmoe.programme import Programme, check_optimizers
 from openmoe.train_state import (
   TrainState,
   abstract_params,
@@ -27,6 +31,109 @@ from openmoe.train_state import (
   state_shardings,
 )
 from openmoe.types import PyTree
+
+
+def check(
+  run: TrainConfig,
+  model: ModelConfig,
+  optimizer: OptimizerConfig,
+  programme: Programme,
+  eval_data: DataConfig | None,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+  fsdp: bool = False,
+) -> None:
+  """Refuses what a mesh cannot run, in any stage.
+
+  Raises:
+    ConfigError: with the numbers, the rule and the remedy.
+  """
+  check_divisible(model, mesh, fsdp)
+  check_optimizers(programme, optimizer)
+  for stage in programme.stages:
+    check_batch(model, stage.data, run.num_microbatches, mesh)
+  if eval_data is not None and run.eval_period:
+    check_batch(model, eval_data, 1, mesh)
+
+
+def check_divisible(
+  model: ModelConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, fsdp: bool = False
+) -> None:
+  """Refuses sizes that the mesh cannot split evenly.
+
+  Raises:
+    ConfigError: with the size, the mesh axis and what would fit.
+  """
+  parts = {axis: mesh.shape[axis] for axis in partitioning.MESH_AXES}
+  model_parts = ('NUM_MODEL_PARTITIONS', parts[partitioning.MODEL])
+  splits = [(name, *model_parts) for name in ('vocab_size', 'num_heads', 'mlp_dim', 'embed_dim')]
+  if fsdp:
+    splits.append(('embed_dim', 'the data partitions of FSDP', parts[partitioning.DATA]))
+  for name, what, count in splits:
+    size = getattr(model, name)
+    if size % count:
+      fits = [p for p in range(1, count + 1) if size % p == 0]
+      raise ConfigError(
+        f'{name}={size} does not divide by {what}={count}; choose one of {fits}'
+        + (', or leave FSDP off.' if 'FSDP' in what else '.')
+      )
+  experts, expert_parts = model.moe.num_experts if model.moe else 0, parts[partitioning.EXPERT]
+  if experts % expert_parts:
+    raise ConfigError(
+      f'num_experts={experts} does not divide by NUM_EXPERT_PARTITIONS={expert_parts}; '
+      f'choose one of {[p for p in range(1, experts + 1) if experts % p == 0]}.'
+    )
+
+
+def check_batch(
+  model: ModelConfig,
+  data: DataConfig,
+  num_microbatches: int,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+) -> None:
+  """Refuses batches that cannot be cut into microbatches, device rows and routing groups.
+
+  Raises:
+    ConfigError: with the numbers, the rule and the nearest batch or group size that fits.
+  """
+  shards = mesh.shape[partitioning.DATA] * mesh.shape[partitioning.EXPERT]
+  unit = shards * num_microbatches
+  if data.batch_size % unit:
+    raise ConfigError(
+      f'batch_size={data.batch_size} must be a multiple of data x expert partitions ({shards}) x '
+      f'num_microbatches ({num_microbatches}) = {unit}; the next that fits is '
+      f'{-(-data.batch_size // unit) * unit}.'
+    )
+  if model.moe is None:
+    return
+  tokens_per_shard = data.batch_size // unit * data.row_length
+  size = model.moe.group_size
+  if tokens_per_shard % size:
+    fits = [n for n in range(1, tokens_per_shard + 1) if tokens_per_shard % n == 0]
+    nearest = min(fits, key=lambda n: abs(n - size))
+    raise ConfigError(
+      f'group_size={size} does not divide the {tokens_per_shard} tokens that each of the {shards} '
+      f'data x expert partitions holds in one microbatch; the nearest that fits is {nearest}.'
+    )
+
+
+def programme_rate(
+  programme: Programme, config: OptimizerConfig, total_steps: int
+) -> optax.Schedule:
+  """Global step -> learning rate over all stages.
+
+  A stage with a schedule of its own counts from its first step, over its own steps; the others
+  follow the run's schedule by the global step.
+  """
+  starts = programme.starts()
+  whole = learning_rate(config, total_steps)
+
+  def of_stage(stage, start):
+    if stage.optimizer is None:
+      return lambda inside: whole(inside + start)
+    return learning_rate(stage.optimizer, stage.steps)
+
+  schedules = [of_stage(s, start) for s, start in zip(programme.stages, starts, strict=True)]
+  return optax.join_schedules(schedules, starts[1:])
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:

@@ -39,9 +39,9 @@ from openmoe.models import build_model
 from openmoe.observe import pictures
 from openmoe.observe.metrics import MetricsWriter
 from openmoe.observe.record import write_run_record
-from openmoe.optimizer import make_optimizer, programme_rate
-from openmoe.plan import abstract_state, flops_before
-from openmoe.programme import Programme, as_programme, check_optimizers
+from openmoe.optimizer import learning_rate, make_optimizer
+from openmoe.plan import abstract_state, check, flops_before, programme_rate
+from openmoe.programme import Programme, as_programme
 from openmoe.running.agreement import in_first
 from openmoe.running.lease import Lease
 from openmoe.running.origin import initial_state, initial_step
@@ -119,27 +119,6 @@ class Running:
   lease: Lease
 
 
-def check(
-  run: TrainConfig,
-  model: ModelConfig,
-  optimizer: OptimizerConfig,
-  programme: Programme,
-  eval_data: DataConfig | None,
-  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
-) -> None:
-  """Refuses what this mesh cannot run, in any stage.
-
-  Raises:
-    ConfigError: with the numbers, the rule and the remedy.
-  """
-  partitioning.check_divisible(model, mesh)
-  check_optimizers(programme, optimizer)
-  for stage in programme.stages:
-    partitioning.check_batch(model, stage.data, run.num_microbatches, mesh)
-  if eval_data is not None and run.eval_period:
-    partitioning.check_batch(model, eval_data, 1, mesh)
-
-
 def train(
   run: TrainConfig,
   model: ModelConfig,
@@ -170,11 +149,13 @@ def train(
     source.register()
   device_mesh = partitioning.make_mesh(mesh)
   programme = as_programme(data, run.total_steps)
-  check(run, model, optimizer, programme, eval_data, device_mesh)
+  check(run, model, optimizer, programme, eval_data, device_mesh, mesh.fsdp)
   abstract, axes = abstract_state(model, optimizer)
   shardings = state_shardings(device_mesh, optimizer, abstract, axes, mesh.fsdp)
   module = build_model(model)
-  schedule = programme_rate(programme, optimizer, run.total_steps)
+  schedule = learning_rate(optimizer, run.total_steps)
+  if any(stage.optimizer for stage in programme.stages):
+    schedule = programme_rate(programme, optimizer, run.total_steps)
   transform = make_optimizer(optimizer, axes, schedule)
 
   # What is opened is closed in turn, also when something raises: a save that has begun is finished.

@@ -12,8 +12,6 @@ from openmoe.losses import router_losses, token_loss
 from openmoe.train_state import TrainState
 from openmoe.types import Array, Batch, PyTree
 
-LOGIT_Z_WEIGHT = 1e-4  # of all released models
-
 
 def loss_fn(
   params: PyTree,
@@ -44,7 +42,7 @@ def loss_fn(
     out.output_kernel_dv,
     batch.targets.reshape(-1),
     batch.loss_weights.reshape(-1) / normalizer,
-    LOGIT_Z_WEIGHT,
+    config.logit_z_weight,
     config.vocab_block,
   )
   stats = jax.tree.map(lambda x: x * share, out.router_stats)

@@ -8,7 +8,6 @@ from rich.table import Table
 from rich.text import Text
 
 from openmoe import plan as plan_lib
-from openmoe import train as train_lib
 from openmoe.data.stages import format_plan, plan_table
 from openmoe.observe.text import visible
 from openmoe.programme import as_programme
@@ -32,7 +31,8 @@ def show(arguments: dict, device_count: int | None) -> None:
   model, mesh_config, optimizer = (arguments[name] for name in ('model', 'mesh', 'optimizer'))
   mesh = plan_lib.abstract_mesh(mesh_config, count)
   programme = as_programme(arguments['data'], arguments['run'].total_steps)
-  train_lib.check(arguments['run'], model, optimizer, programme, arguments.get('eval_data'), mesh)
+  run, eval_data = arguments['run'], arguments.get('eval_data')
+  plan_lib.check(run, model, optimizer, programme, eval_data, mesh, mesh_config.fsdp)
   data = max(programme.stages, key=lambda stage: stage.tokens_per_step).data
   plan = plan_lib.make_plan(model, optimizer, mesh_config, mesh, data.batch_size, data.row_length)
   console = Console(width=None if Console().is_terminal else 140)

@@ -1,6 +1,8 @@
 """Every gin file parses and builds; every size has exactly the published number of parameters."""
 
+import dataclasses
 import pathlib
+import re
 
 import gin
 import jax
@@ -16,9 +18,8 @@ from openmoe.config import (
   OptimizerConfig,
   TrainConfig,
 )
-from openmoe.plan import abstract_mesh, flops_per_token, make_plan
+from openmoe.plan import abstract_mesh, check, flops_per_token, make_plan
 from openmoe.programme import as_programme
-from openmoe.train import check
 from openmoe.train_state import (
   abstract_params,
   active_params,
@@ -118,6 +119,79 @@ def test_what_the_mesh_cannot_split_is_refused(changes, words):
   with pytest.raises(ConfigError) as error:
     check(run, model, OptimizerConfig(), as_programme(data, 1), None, abstract_mesh(mesh, 8))
   assert all(word in str(error.value) for word in words), error.value
+
+
+def test_what_fsdp_cannot_split_is_refused():
+  """FSDP splits the embedding axis of all weights over the data partitions."""
+  model, data, _ = _run_config(embed_dim=36, num_heads=4)
+  run, mesh = TrainConfig('somewhere', total_steps=1), abstract_mesh(MeshConfig(), 8)
+  asked = (run, model, OptimizerConfig(), as_programme(data, 1), None, mesh)
+  check(*asked)
+  with pytest.raises(ConfigError, match=r'embed_dim=36 .* FSDP=8; choose one of \[1, 2, 3, 4, 6\]'):
+    check(*asked, True)
+
+
+def _tiny(**changes) -> ModelConfig:
+  return ModelConfig('m', **{**dict.fromkeys(COUNTS, 2), **changes})
+
+
+COUNTS = ('vocab_size', 'num_layers', 'embed_dim', 'mlp_dim', 'num_heads', 'head_dim')
+
+
+@pytest.mark.parametrize('value', [4.0, 1e2, True, '4', None, -2])
+@pytest.mark.parametrize(
+  ('make', 'name'),
+  [
+    *[(lambda v, n=name: _tiny(**{n: v}), name) for name in COUNTS],
+    (lambda v: MoEConfig(v), 'num_experts'),
+    (lambda v: MoEConfig(4, group_size=v), 'group_size'),
+    (lambda v: DataConfig('x', {'targets': 8}, v, num_shards=1), 'batch_size'),
+    (lambda v: DataConfig('x', {'targets': v}, 8), 'task_feature_lengths'),
+    (lambda v: TrainConfig('d', v), 'total_steps'),
+    (lambda v: TrainConfig('d', 1, eval_period=v), 'eval_period'),
+    (lambda v: MeshConfig(v), 'num_expert_partitions'),
+    (lambda v: OptimizerConfig(warmup_steps=v), 'warmup_steps'),
+  ],
+)
+def test_counts_are_whole_numbers(make, name, value):
+  with pytest.raises(ConfigError, match=f'{name}=.*whole number'):
+    make(value)
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -1.0, True, '1'])
+@pytest.mark.parametrize(
+  ('make', 'name'),
+  [
+    (lambda v: MoEConfig(4, capacity_factor=v), 'capacity_factor'),
+    (lambda v: MoEConfig(4, load_balance_weight=v), 'load_balance_weight'),
+    (lambda v: _tiny(dropout_rate=v), 'dropout_rate'),
+    (lambda v: _tiny(norm_epsilon=v), 'norm_epsilon'),
+    (lambda v: _tiny(final_norm_epsilon=v), 'final_norm_epsilon'),
+    (lambda v: _tiny(logit_z_weight=v), 'logit_z_weight'),
+    (lambda v: OptimizerConfig(learning_rate=v), 'learning_rate'),
+    (lambda v: OptimizerConfig(clip_global_norm=v), 'clip_global_norm'),
+    (lambda v: OptimizerConfig(b2=v), 'b2'),
+  ],
+)
+def test_rates_and_factors_are_finite_numbers(make, name, value):
+  with pytest.raises(ConfigError, match=rf'{name}={re.escape(repr(value))} must be'):
+    make(value)
+
+
+def test_a_float_that_means_a_count_is_told_how_to_write_it():
+  with pytest.raises(ConfigError, match=r'total_steps=100.0 .* at least 1; write 100\.'):
+    TrainConfig('d', 1e2)
+
+
+def test_text_is_no_switch():
+  with pytest.raises(ConfigError, match=r"DataConfig.pack='False' must be True or False"):
+    DataConfig('x', {'targets': 8}, 8, pack='False')
+
+
+def test_configurations_are_equal_and_hashed_by_what_they_say():
+  one, same = (DataConfig('x', {'inputs': 4, 'targets': 8}, 8) for _ in range(2))
+  assert (one, hash(one)) == (same, hash(same))
+  assert one != dataclasses.replace(one, task_feature_lengths={'inputs': 8, 'targets': 4})
 
 
 def test_batch_must_divide():

@@ -18,6 +18,7 @@ from openmoe import partitioning
 from openmoe.config import MeshConfig, ModelConfig
 from openmoe.inference.cpu_experts import PerExpert, is_split
 from openmoe.models import gives_embeddings, is_expert_kernel
+from openmoe.plan import check_divisible
 from openmoe.types import PyTree
 
 TURNED_BYTES = 1 << 30  # of all copies; large experts gain little from them
@@ -46,7 +47,7 @@ def inference_mesh(
     num_model_partitions = fits[-1] if fits else 1
   mesh_config = MeshConfig(num_expert_partitions, num_model_partitions)
   mesh = partitioning.make_mesh(mesh_config, devices)
-  partitioning.check_divisible(config, mesh)
+  check_divisible(config, mesh)
   return mesh
 
 

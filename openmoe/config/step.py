@@ -1,7 +1,7 @@
-"""Frozen configuration dataclasses with all validation; nothing here knows gin.
+"""What shapes a training step: model, optimizer, mesh; and the checks of all configurations.
 
 Every error names the value, the rule it breaks and the remedy. A config that constructs is
-consistent in itself; what depends on the devices is checked in partitioning.py.
+consistent in itself; what depends on the devices is checked in plan.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
-from collections.abc import Mapping
+import math
+from collections.abc import Callable
 
 
 class ConfigError(ValueError):
@@ -55,13 +56,6 @@ class Architecture(enum.Enum):
   JETMOE = 'jetmoe'  # every block a mixture of attention heads and a mixture of MLPs
 
 
-class InitialState(enum.Enum):
-  """What a run takes over from TrainConfig.initial_checkpoint."""
-
-  ALL = 'all'  # parameters, optimizer and step: the next phase of a run, with other data
-  PARAMS = 'params'  # parameters only: fine-tuning, upcycled checkpoints
-
-
 class Remat(enum.Enum):
   """What a block recomputes in the backward pass."""
 
@@ -99,21 +93,60 @@ def parse_enum(kind: type[enum.Enum], value: object, field: str):
   raise ConfigError(f'{field}={value!r} is not one of {names}.{hint}')
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
   if not condition:
     raise ConfigError(message)
 
 
-def _positive(obj: object, *fields: str) -> None:
+_RANGES: dict[str, Callable[[float], bool]] = {
+  'a positive number': lambda value: value > 0,
+  'a number of at least 0': lambda value: value >= 0,
+  'in [0, 1)': lambda value: 0 <= value < 1,
+}
+POSITIVE, AT_LEAST_0, SHARE = _RANGES
+
+
+def number(obj: object, rule: str, *fields: str) -> None:
+  """Refuses what is no finite number in a range.
+
+  Raises:
+    ConfigError: naming the field, its value and the rule.
+  """
   for name in fields:
     value = getattr(obj, name)
-    _require(
-      isinstance(value, (int, float)) and value > 0,
-      f'{type(obj).__name__}.{name}={value!r} must be a positive number.',
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(
+      is_number and abs(value) < math.inf and _RANGES[rule](value),
+      f'{type(obj).__name__}.{name}={value!r} must be {rule}.',
     )
 
 
-def _set_enum(obj: object, field: str, kind: type[enum.Enum]) -> None:
+def whole(obj: object, *fields: str, least: int = 1) -> None:
+  """Refuses counts that are not whole numbers: 4.0, 1e2 and True are none.
+
+  Raises:
+    ConfigError: naming the field, its value, the rule and what to write.
+  """
+  for name in fields:
+    value = getattr(obj, name)
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    near = f'; write {int(value)}' if isinstance(value, float) and value.is_integer() else ''
+    require(
+      is_whole and value >= least,
+      f'{type(obj).__name__}.{name}={value!r} must be a whole number of at least {least}{near}.',
+    )
+
+
+def switches(obj: object, *fields: str) -> None:
+  """Refuses what is not True or False; text would count as True."""
+  for name in fields:
+    value = getattr(obj, name)
+    require(
+      isinstance(value, bool), f'{type(obj).__name__}.{name}={value!r} must be True or False.'
+    )
+
+
+def set_enum(obj: object, field: str, kind: type[enum.Enum]) -> None:
   # Frozen dataclasses accept gin's plain strings; this is the one place that widens them.
   label = f'{type(obj).__name__}.{field}'
   object.__setattr__(obj, field, parse_enum(kind, getattr(obj, field), label))
@@ -158,19 +191,18 @@ class MoEConfig:
   dispatch: Dispatch = Dispatch.SCATTER
 
   def __post_init__(self):
-    _set_enum(self, 'capacity_convention', CapacityConvention)
-    _set_enum(self, 'router_order', RouterOrder)
-    _set_enum(self, 'router_loss', RouterLoss)
-    _set_enum(self, 'dispatch', Dispatch)
-    _positive(self, 'num_experts', 'top_k', 'group_size', 'capacity_factor')
-    _positive(self, 'eval_capacity_factor', 'min_expert_capacity', 'router_init_std')
-    _require(
+    set_enum(self, 'capacity_convention', CapacityConvention)
+    set_enum(self, 'router_order', RouterOrder)
+    set_enum(self, 'router_loss', RouterLoss)
+    set_enum(self, 'dispatch', Dispatch)
+    whole(self, 'num_experts', 'top_k', 'group_size', 'min_expert_capacity')
+    number(self, POSITIVE, 'capacity_factor', 'eval_capacity_factor', 'router_init_std')
+    number(self, AT_LEAST_0, 'load_balance_weight', 'router_z_weight')
+    number(self, SHARE, 'jitter_noise')
+    switches(self, 'ignore_padding')
+    require(
       self.top_k <= self.num_experts,
       f'MoEConfig.top_k={self.top_k} is more than num_experts={self.num_experts}; lower top_k.',
-    )
-    _require(
-      0 <= self.jitter_noise < 1,
-      f'MoEConfig.jitter_noise={self.jitter_noise} must be in [0, 1).',
     )
 
 
@@ -191,14 +223,17 @@ class ModelConfig:
     dtype: of activations ('bfloat16' or 'float32'); parameters are float32. 'float64' is for
       comparing implementations, under jax.enable_x64 and with float64 parameters.
     dropout_rate: of every dropout of the network.
-    init_scale: SCALE of the variance-scaling initialisers (0.1 for the MoE models, 1.0 dense).
-    init_std: JetMoE: standard deviation of every matrix in place of init_scale.
+    init_scale: OpenMoE, OpenLLaMA: SCALE of the variance-scaling initialisers of every matrix (0.1
+      for the MoE models, 1.0 dense). JetMoE does not read it.
+    init_std: JetMoE: standard deviation of every matrix. The other two read it for the head of a
+      classifier alone.
     rope_theta, norm_epsilon: as named.
     final_norm_epsilon: of the norm after the last block; None takes norm_epsilon. The published
       JetMoE has 1e-6 inside and 1e-5 at the end.
     float32_attention: computes attention logits and softmax in float32 (released: False).
     remat: what blocks recompute in the backward pass.
     vocab_block: columns of the output layer held at once by the loss.
+    logit_z_weight: weight of the token loss's logsumexp^2.
   """
 
   name: str
@@ -220,32 +255,37 @@ class ModelConfig:
   float32_attention: bool = False
   remat: Remat = Remat.NONE
   vocab_block: int = 16384
+  logit_z_weight: float = 1e-4
   architecture: Architecture = Architecture.OPENMOE
 
   def __post_init__(self):
-    _set_enum(self, 'remat', Remat)
-    _set_enum(self, 'architecture', Architecture)
-    _positive(self, 'vocab_size', 'num_layers', 'embed_dim', 'mlp_dim', 'num_heads', 'head_dim')
-    _positive(self, 'init_scale', 'init_std', 'rope_theta', 'norm_epsilon', 'vocab_block')
+    set_enum(self, 'remat', Remat)
+    set_enum(self, 'architecture', Architecture)
+    whole(self, 'vocab_size', 'num_layers', 'embed_dim', 'mlp_dim', 'num_heads', 'head_dim')
+    whole(self, 'vocab_block')
+    whole(self, 'num_sparse_layers', least=0)
+    number(self, POSITIVE, 'init_scale', 'init_std', 'rope_theta', 'norm_epsilon')
     if self.final_norm_epsilon is not None:
-      _positive(self, 'final_norm_epsilon')
-    _require(self.head_dim % 2 == 0, f'head_dim={self.head_dim} must be even for rotary halves.')
-    _require(
+      number(self, POSITIVE, 'final_norm_epsilon')
+    number(self, AT_LEAST_0, 'logit_z_weight')
+    number(self, SHARE, 'dropout_rate')
+    switches(self, 'float32_attention')
+    require(self.head_dim % 2 == 0, f'head_dim={self.head_dim} must be even for rotary halves.')
+    require(
       self.dtype in ('bfloat16', 'float32', 'float64'),
       f"ModelConfig.dtype={self.dtype!r} must be 'bfloat16' or 'float32'.",
     )
-    _require(0 <= self.dropout_rate < 1, f'dropout_rate={self.dropout_rate} must be in [0, 1).')
-    _require(
+    require(
       (self.num_sparse_layers > 0) == (self.moe is not None),
       f'num_sparse_layers={self.num_sparse_layers} with moe={self.moe}: give both or neither.',
     )
     if self.num_sparse_layers:
-      _require(
+      require(
         self.num_layers % self.num_sparse_layers == 0,
         f'num_layers={self.num_layers} must be a multiple of num_sparse_layers='
         f'{self.num_sparse_layers}; sparse layers are evenly spaced.',
       )
-    _require(
+    require(
       self.architecture is not Architecture.JETMOE or self.num_sparse_layers == self.num_layers,
       f'num_sparse_layers={self.num_sparse_layers} of num_layers={self.num_layers}: every block of '
       f'JetMoE is sparse, so give both the same number (a dense one has num_experts=1).',
@@ -307,73 +347,24 @@ class OptimizerConfig:
   weight_decay: float = 0.1
 
   def __post_init__(self):
-    _set_enum(self, 'name', OptimizerName)
-    _set_enum(self, 'schedule', Schedule)
-    _positive(self, 'learning_rate', 'decay_rate', 'min_dim_size_to_factor')
-    _require(self.warmup_steps >= 0, f'warmup_steps={self.warmup_steps} must not be negative.')
-    _require(
+    set_enum(self, 'name', OptimizerName)
+    set_enum(self, 'schedule', Schedule)
+    whole(self, 'min_dim_size_to_factor')
+    whole(self, 'warmup_steps', 'decay_steps', least=0)
+    number(self, POSITIVE, 'learning_rate', 'decay_rate')
+    number(self, AT_LEAST_0, 'final_fraction', 'eps', 'weight_decay')
+    number(self, SHARE, 'b1', 'b2')
+    if self.clip_global_norm is not None:
+      number(self, POSITIVE, 'clip_global_norm')
+    require(
       self.schedule is not Schedule.RSQRT or self.warmup_steps > 0,
       'The rsqrt schedule needs warmup_steps > 0: it is base / sqrt(max(step, warmup_steps)).',
     )
-    _require(
+    require(
       self.schedule is not Schedule.WSD or (self.decay_steps > 0 and self.final_fraction > 0),
       f'WSD needs decay_steps > 0 and final_fraction > 0, not {self.decay_steps} and '
       f'{self.final_fraction}: the decay is exponential.',
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """Where batches come from. The batch at a step is a function of this and the step alone.
-
-  Attributes:
-    mixture_or_task_name: a registered seqio task or mixture.
-    task_feature_lengths: {'inputs': n, 'targets': m} (prefix form, rows of n + m) or
-      {'targets': m}.
-    batch_size: rows of the global batch.
-    split: seqio split.
-    seed: of shuffling, mixing and denoising.
-    num_shards: logical shards the stream is divided into, each its own pipeline; batch_size must
-      be a multiple, and the number of hosts must divide it. Changing it changes the data order.
-    shuffle: off for evaluation.
-    pack: several examples to a row.
-    use_cached: read what scripts.cache_tasks wrote.
-    num_epochs: None repeats forever.
-  """
-
-  mixture_or_task_name: str
-  task_feature_lengths: Mapping[str, int]
-  batch_size: int
-  split: str = 'train'
-  seed: int = 0
-  num_shards: int = 8
-  shuffle: bool = True
-  pack: bool = True
-  use_cached: bool = False
-  num_epochs: int | None = None
-
-  def __post_init__(self):
-    _positive(self, 'batch_size', 'num_shards')
-    lengths = dict(self.task_feature_lengths)
-    _require(
-      'targets' in lengths and set(lengths) <= {'inputs', 'targets'},
-      f'task_feature_lengths={lengths} needs targets and, for prefix objectives, inputs.',
-    )
-    _require(
-      all(isinstance(n, int) and n > 0 for n in lengths.values()),
-      f'task_feature_lengths={lengths} must be positive integers.',
-    )
-    _require(
-      self.batch_size % self.num_shards == 0,
-      f'batch_size={self.batch_size} is not a multiple of num_shards={self.num_shards}: every '
-      f'logical shard of the data gives the same number of rows. Use a batch_size of '
-      f'{-(-self.batch_size // self.num_shards) * self.num_shards}, or fewer shards.',
-    )
-
-  @property
-  def row_length(self) -> int:
-    """Tokens of one packed row (t)."""
-    return sum(self.task_feature_lengths.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,52 +382,5 @@ class MeshConfig:
   fsdp: bool = False
 
   def __post_init__(self):
-    _positive(self, 'num_expert_partitions', 'num_model_partitions')
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-  """The run around the step.
-
-  Attributes:
-    model_dir: run directory; checkpoints, metrics and plots go there.
-    total_steps: optimizer steps (t5x TRAIN_STEPS).
-    num_microbatches: pieces a batch is cut into to bound memory; does not change the loss.
-    seed: of initialisation and dropout.
-    eval_period, eval_steps: evaluate every eval_period steps on eval_steps batches; 0 is never.
-    checkpoint_period, keep_checkpoints: save every so many steps, keep the newest so many.
-    log_period: steps between metric records.
-    router_period: steps between per-layer, per-expert load records.
-    allow_data_change: continue a checkpoint of another mixture or other lengths, with the new data
-      from its beginning: how a second stage or fine-tuning follows pretraining in one directory.
-    initial_checkpoint: checkpoint of another run, 'RUN/checkpoint_STEP', that a new run starts
-      from; its data stream starts afresh. None starts from scratch.
-    initial_state: what is taken from it.
-    sample_prompts, sample_tokens: texts to continue greedily when the run is complete, and by how
-      many tokens.
-  """
-
-  model_dir: str
-  total_steps: int
-  num_microbatches: int = 1
-  seed: int = 0
-  eval_period: int = 1000
-  eval_steps: int = 20
-  checkpoint_period: int = 1000
-  keep_checkpoints: int = 5
-  log_period: int = 10
-  router_period: int = 10
-  allow_data_change: bool = False
-  initial_checkpoint: str | None = None
-  initial_state: InitialState = InitialState.ALL
-  sample_prompts: tuple[str, ...] = ()
-  sample_tokens: int = 48
-
-  def __post_init__(self):
-    _set_enum(self, 'initial_state', InitialState)
-    _positive(self, 'total_steps', 'num_microbatches', 'checkpoint_period', 'keep_checkpoints')
-    _positive(self, 'log_period', 'router_period')
-    _require(bool(self.model_dir), 'TrainConfig.model_dir is empty; set MODEL_DIR.')
-    _require(
-      self.eval_period >= 0 and self.eval_steps >= 0, 'eval_period and eval_steps must be >= 0.'
-    )
+    whole(self, 'num_expert_partitions', 'num_model_partitions')
+    switches(self, 'fsdp')
