@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -28,6 +29,7 @@ from openmoe.models.openmoe import Block
 from openmoe.types import Array, PyTree, Routing
 
 TOKENS = (2, 12)
+_ALIGNMENT = 64  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,14 @@ def seeded_tokens(vocab_size: int, seed: int = 0) -> np.ndarray:
   return tokens
 
 
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+  """float32 of a shape, at an address that XLA takes as it is; it copies what lies at others."""
+  nbytes = 4 * math.prod(shape)
+  memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+  first = -memory.ctypes.data % _ALIGNMENT
+  return memory[first : first + nbytes].view(np.float32).reshape(shape)
+
+
 class _Parameters:
   """The parameters of a form by layer, float32 in the common layout."""
 
@@ -61,7 +71,7 @@ class _Parameters:
 
   def layer(self, layer: int | None) -> PyTree:
     """The tree of a block's parameters."""
-    read = lambda row: row.from_t5x(self._read(row))
+    read = lambda row: jax.device_put(row.from_t5x(self._read(row)), may_alias=True)
     return flax.traverse_util.unflatten_dict(
       {place: read(row) for place, row in self._rows[layer].items()}, sep='/'
     )
@@ -75,7 +85,7 @@ class _Parameters:
     *lead, a, b = stored.shape if len(stored.shape) > 1 else (1, *stored.shape)
     shape = (*lead, b, a) if self._form.transposed(row) else stored.shape
     # Filled in pieces: one memory layout whatever the form, so that equal weights give equal sums.
-    return fill(np.empty(shape, np.float32), self._form, row)
+    return fill(_aligned(shape), self._form, row)
 
   def embedding(self, tokens: np.ndarray) -> np.ndarray:
     """[b, t, d]; only the rows in use are kept."""

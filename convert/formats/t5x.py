@@ -121,7 +121,7 @@ class T5xForm(Form):
     stored = self._stored('state/step')
     if math.prod(stored.shape) != 1 or not np.issubdtype(stored.dtype, np.integer):
       raise ConvertError(f'{self.path}: state/step is no whole number.')
-    step = int(stored.whole().reshape(()))
+    step = int(stored.read(0, 1).reshape(()))
     if not 0 <= step < 1 << 53:
       raise ConvertError(f'{self.path}: state/step is {step}.')
     return step
