@@ -27,8 +27,8 @@ from convert.formats.t5x import T5xSink
 from convert.logits import agreement, forward, seeded_tokens
 from convert.workplace import Job, Workplace
 from openmoe.checkpoint import safe_json
+from openmoe.checkpoint.description import model_fields
 from openmoe.config import ModelConfig
-from openmoe.train_state import model_fields
 
 __all__ = ['Options', 'Result', 'convert', 'find_form']
 

@@ -13,7 +13,6 @@ import enum
 import functools
 import math
 import os
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from openmoe import partitioning
 from openmoe.checkpoint.checkpointer import Checkpointer
+from openmoe.checkpoint.description import identity
 from openmoe.checkpoint.paths import Unreadable
 from openmoe.config import (
   ConfigError,
@@ -44,11 +44,12 @@ from openmoe.plan import abstract_state, check, flops_before, programme_rate
 from openmoe.programme import Programme, as_programme
 from openmoe.running.agreement import in_first
 from openmoe.running.lease import Lease
+from openmoe.running.metadata import RunMetadata, data_changed
 from openmoe.running.origin import initial_state, initial_step
 from openmoe.running.signals import Signals
 from openmoe.running.stuck import wait_for_data
 from openmoe.running.validation import make_evaluation
-from openmoe.train_state import TrainState, identity, init_state, model_fields, state_shardings
+from openmoe.train_state import TrainState, init_state, state_shardings
 from openmoe.train_step import train_step
 from openmoe.types import Batch, PyTree
 
@@ -166,10 +167,11 @@ def train(
     checkpointer = opened.enter_context(
       Checkpointer(run.model_dir, run.keep_checkpoints, identity(model))
     )
-    describe = functools.partial(_metadata, run, model, programme)
+    describe = RunMetadata(run, model, optimizer, programme)
     start = checkpointer.latest_step()
     if jax.process_index() == 0:
       write_run_record(run.model_dir, config_text, start or 0)
+      describe.keep_vocabulary()
     first = start if start is not None else initial_step(run)
     feed = opened.enter_context(Feed(device_mesh, programme, first))
     opened.enter_context(jax.set_mesh(device_mesh))
@@ -183,7 +185,7 @@ def train(
     )
     if start is not None:
       state, positions, metadata = checkpointer.restore(start, placed)
-      if not _data_changed(run, describe(start), metadata, start):
+      if not data_changed(run, describe(start), metadata, start):
         feed.restore(positions)
     elif run.initial_checkpoint:
       state = initial_state(run, identity(model), placed, init)
@@ -307,38 +309,6 @@ def _why_ended(run: TrainConfig, end: End, step: int, programme: Programme) -> s
     f'saved: num_epochs={stage.data.num_epochs} of {stage.data.mixture_or_task_name} gives no more '
     f'batches. Set TRAIN_STEPS = {step}, or num_epochs = None to repeat the data, or give more.'
   )
-
-
-def _data_changed(run: TrainConfig, now: dict, metadata: dict, step: int) -> bool:
-  """Whether the checkpoint was made on other data, from which this run may go on.
-
-  Raises:
-    ConfigError: other data, and run.allow_data_change is off.
-  """
-  names = [n for n in ('mixture', 'task_feature_lengths') if metadata.get(n) != now[n]]
-  if names and not run.allow_data_change:
-    changes = '; '.join(f'{n} is {metadata.get(n)} there and {now[n]} here' for n in names)
-    raise ConfigError(
-      f'checkpoint_{step} was trained on other data: {changes}. To go on with the new data from '
-      f'its beginning set ALLOW_DATA_CHANGE = True; or use another MODEL_DIR.'
-    )
-  return bool(names)
-
-
-def _metadata(run: TrainConfig, model: ModelConfig, programme: Programme, step: int) -> dict:
-  """What a checkpoint says of the run; `model` is what convert reads."""
-  stage = programme.stages[programme.at(min(max(step, 1), programme.total_steps) - 1)[0]]
-  data = stage.data
-  return {
-    'tokens_seen': programme.tokens_before(step),
-    'stage': stage.name,
-    'mixture': data.mixture_or_task_name,
-    'task_feature_lengths': dict(data.task_feature_lengths),
-    'data_seed': data.seed,
-    'seed': run.seed,
-    'model': model_fields(model),
-    'saved_at': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
-  }
 
 
 def _record(at: Running, step: int, metrics: dict, batch: Batch) -> None:

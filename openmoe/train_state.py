@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -50,21 +48,6 @@ def abstract_params(config: ModelConfig) -> tuple[PyTree, PyTree]:
     lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
   )
   return nn.unbox(boxed), axes
-
-
-def identity(model: ModelConfig) -> dict:
-  """What a checkpoint must agree on with the model that reads it: whatever shapes its arrays."""
-  names = ('vocab_size', 'num_layers', 'embed_dim', 'mlp_dim', 'num_heads', 'head_dim')
-  fields = {name: getattr(model, name) for name in ('name', *names, 'num_sparse_layers')}
-  fields['num_experts'] = model.moe.num_experts if model.moe else 0
-  return fields
-
-
-def model_fields(config: ModelConfig) -> dict[str, Any]:
-  """All fields as plain values, for JSON; convert takes them with --model=FILE.json."""
-  plain = lambda value: getattr(value, 'value', value)
-  of = lambda part: {f.name: plain(getattr(part, f.name)) for f in dataclasses.fields(part)}
-  return of(config) | {'moe': of(config.moe) if config.moe else None}
 
 
 def init_state(model: nn.Module, optimizer: optax.GradientTransformation, seed: int) -> TrainState:

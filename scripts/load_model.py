@@ -29,6 +29,7 @@ from convert.formats.hf import HfForm
 from convert.load import load_params
 from openmoe import partitioning
 from openmoe.checkpoint.checkpointer import Checkpointer
+from openmoe.checkpoint.description import identity
 from openmoe.config import Architecture, ConfigError, ModelConfig
 from openmoe.inference import chat
 from openmoe.inference.model import LanguageModel
@@ -36,7 +37,7 @@ from openmoe.inference.placement import cast, expert_form, inference_mesh
 from openmoe.models import unstack
 from openmoe.observe.record import CONFIG
 from openmoe.programme import Programme
-from openmoe.train_state import abstract_params, identity
+from openmoe.train_state import abstract_params
 from openmoe.types import PyTree
 from scripts import gin_flags
 from scripts.tokenizers import TextTokenizer

@@ -28,9 +28,10 @@ from absl import flags
 
 from convert.upcycle import dense_config, logit_difference, upcycle
 from openmoe.checkpoint.checkpointer import Checkpointer
+from openmoe.checkpoint.description import identity
 from openmoe.checkpoint.paths import step_of
 from openmoe.config import ConfigError, ModelConfig
-from openmoe.train_state import TrainState, abstract_params, identity
+from openmoe.train_state import TrainState, abstract_params
 from scripts import gin_flags
 
 _DENSE = flags.DEFINE_string('dense_checkpoint', None, 'RUN/checkpoint_STEP.', required=True)

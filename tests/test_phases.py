@@ -11,6 +11,7 @@ import pytest
 import seqio
 
 from openmoe.checkpoint.checkpointer import Checkpointer
+from openmoe.checkpoint.description import identity
 from openmoe.config import (
   ConfigError,
   DataConfig,
@@ -25,7 +26,7 @@ from openmoe.models import build_model
 from openmoe.optimizer import learning_rate
 from openmoe.running.origin import initial_state
 from openmoe.train import train
-from openmoe.train_state import TrainState, identity, init_state
+from openmoe.train_state import TrainState, init_state
 from tasks import chains
 
 MODEL = ModelConfig(

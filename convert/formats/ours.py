@@ -19,9 +19,9 @@ from convert.core.names import Row, name_problems, name_table
 from convert.core.tensors import ConvertError, Stored, Writable, write_synced
 from convert.formats.zarrays import ZarrStore, missing_chunks
 from openmoe.checkpoint import manifest, safe_json
+from openmoe.checkpoint.description import identity, model_fields, of_metadata
 from openmoe.checkpoint.paths import Unreadable, step_of
-from openmoe.config import Architecture, ModelConfig
-from openmoe.train_state import identity, model_fields
+from openmoe.config import Architecture, ConfigError, ModelConfig
 
 MOMENTS = ('v', 'v_row', 'v_col')
 CODEC = None  # float weights hardly compress, and an uncompressed chunk is read five times faster
@@ -55,9 +55,10 @@ class OursForm(Form):
       file = self.path / 'metadata' / 'metadata'
       self._facts = safe_json.read(file)
       self.step = safe_json.field(self._facts, 'step', int, str(file))
-      self._about = safe_json.field(self._facts, 'metadata', dict, str(file), {})
-      self.kept_fields = safe_json.field(self._about, 'hf_fields', dict, str(file), {})
-    except (OSError, Unreadable) as error:
+      self.description = of_metadata(self._facts, str(file))
+      about = safe_json.field(self._facts, 'metadata', dict, str(file), {})
+      self.kept_fields = safe_json.field(about, 'hf_fields', dict, str(file), {})
+    except (ConfigError, OSError, Unreadable) as error:
       raise ConvertError(f'{self.path}/metadata cannot be read: {error}') from error
     self._names = {name.replace('.', '/'): name for name in self._params.names()}
     self._state_names = {name.replace('.', '/'): name for name in self._state.names()}
@@ -100,7 +101,8 @@ class OursForm(Form):
     jetmoe = 'decoder/attention/router/kernel' in self._names
     architecture = Architecture.JETMOE if jetmoe else Architecture.OPENMOE
     told = dict(self._facts.get('identity', {})) | {'architecture': architecture.value}
-    if model := dict(self._about.get('model', {})):
+    if self.description is not None:
+      model = model_fields(self.description.model)
       told['moe'] = model.pop('moe') or {}
       told['model'] = model
     return told

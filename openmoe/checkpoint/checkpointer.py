@@ -29,8 +29,9 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from openmoe.checkpoint import arrays, manifest
-from openmoe.checkpoint.paths import PREFIX, absolute
+from openmoe.checkpoint import arrays, manifest, safe_json
+from openmoe.checkpoint.description import Description, identity_differences, of_metadata
+from openmoe.checkpoint.paths import PREFIX, Unreadable, absolute
 from openmoe.checkpoint.positions import RestoreDataPositions, SaveDataPositions
 from openmoe.config import ConfigError
 from openmoe.types import PyTree
@@ -45,29 +46,6 @@ class CheckpointError(RuntimeError):
   """No checkpoint that can be trusted could be read, or none could be written."""
 
   exit_code = 65
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      flat |= _flatten(value, f'{prefix}{key}.')
-    else:
-      flat[prefix + key] = value
-  return flat
-
-
-def identity_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-  """One phrase per field whose value differs, `name is SAVED there and CURRENT here`.
-
-  Nested fields are named with dots; a field that one side lacks is `absent`.
-  """
-  old, new = _flatten(saved), _flatten(current)
-  return [
-    f'{name} is {old.get(name, "absent")!r} there and {new.get(name, "absent")!r} here'
-    for name in sorted(old.keys() | new.keys())
-    if name not in old or name not in new or old[name] != new[name]
-  ]
 
 
 def _save_args(tree: PyTree) -> PyTree:
@@ -109,8 +87,8 @@ class Checkpointer:
   Args:
     model_dir: run directory, local or gs://, the same for all processes; made if need be.
     keep: newest checkpoints to keep.
-    identity: JSON-able description of the model, such as {'name': ..., 'embed_dim': ...};
-      checkpoints of another identity are refused.
+    identity: of the model, as description.identity gives it; checkpoints of another identity are
+      refused. None takes whatever a checkpoint says it is; only to read.
     read_only: for evaluation beside a running training: writes, renames and deletes nothing.
     note: receives warnings and errors as one line of text each.
 
@@ -122,7 +100,7 @@ class Checkpointer:
     self,
     model_dir: str | os.PathLike,
     keep: int,
-    identity: Mapping[str, Any],
+    identity: Mapping[str, Any] | None,
     *,
     read_only: bool = False,
     note: Callable[[str], None] = logging.warning,
@@ -364,14 +342,34 @@ class Checkpointer:
       raise CheckpointError(f'{path} does not exist; steps that do: {there}.')
     if problem := self._problem(step):
       raise CheckpointError(f'{path} {problem}. Take another step: {self._manager.all_steps()}.')
-    facts = json.loads((path / 'metadata' / 'metadata').read_text('utf-8'))
-    differences = identity_differences(facts['identity'], self._identity)
+    facts = self._facts(step)
+    mine = facts['identity'] if self._identity is None else self._identity
+    differences = identity_differences(facts['identity'], mine)
     if differences:
       raise ConfigError(
         f'{path} is of another model: {"; ".join(differences)}. Set another MODEL_DIR for this '
         'model, or use the configuration that the checkpoint was trained with.'
       )
     return facts['metadata']
+
+  def _facts(self, step: int) -> dict[str, Any]:
+    """The metadata file of a checkpoint: step, identity, metadata."""
+    try:
+      facts = safe_json.read(self._path(step) / 'metadata' / 'metadata')
+      safe_json.field(facts, 'metadata', dict, str(self._path(step)))
+      return facts
+    except (OSError, Unreadable) as error:
+      raise CheckpointError(f'{self._path(step)} is damaged: {error}') from error
+
+  def describe(self, step: int) -> Description | None:
+    """What a whole checkpoint says of itself; None when it tells its sizes alone.
+
+    Raises:
+      CheckpointError: if the checkpoint is absent or damaged.
+      ConfigError: if its description cannot be used.
+    """
+    self._check(step)
+    return of_metadata(self._facts(step), str(self._path(step) / 'metadata' / 'metadata'))
 
   def _read(self, step: int, **items: ocp.args.CheckpointArgs):
     try:

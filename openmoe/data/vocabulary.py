@@ -9,8 +9,10 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import sentencepiece
+import seqio
 import tensorflow as tf
 from google.protobuf import message as protobuf
 from sentencepiece import sentencepiece_model_pb2
@@ -131,6 +133,39 @@ def check_model_file(path: str) -> None:
       f'{path} is no SentencePiece model ({len(content):,} bytes, beginning {content[:24]!r}); '
       'give the spiece.model or tokenizer.model itself, downloaded whole.'
     )
+
+
+class VocabularyFile(NamedTuple):
+  """A vocabulary as whoever reads a checkpoint opens it, without seqio.
+
+  Attributes:
+    kind: 'sentencepiece', or 'bytes' for seqio's ByteVocabulary, which has no file.
+    path: of the model file.
+    extra_ids: sentinels behind the pieces.
+    content: of the file.
+  """
+
+  kind: str
+  path: str = ''
+  extra_ids: int = 0
+  content: bytes = b''
+
+
+def vocabulary_file(mixture_or_task_name: str) -> VocabularyFile | None:
+  """The vocabulary of a task's targets; None for one that only its own code can read.
+
+  Raises:
+    ConfigError: its model file is not there.
+  """
+  task = seqio.get_mixture_or_task(mixture_or_task_name)
+  vocabulary = task.output_features['targets'].vocabulary
+  if isinstance(vocabulary, seqio.ByteVocabulary):
+    return VocabularyFile('bytes', extra_ids=vocabulary.extra_ids)
+  if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    return None
+  path = vocabulary.sentencepiece_model_file
+  with tf.io.gfile.GFile(path, 'rb') as file:
+    return VocabularyFile('sentencepiece', path, vocabulary.extra_ids, file.read())
 
 
 def train_vocabulary(path: str, texts: Iterable[str], pieces: int) -> None:

@@ -30,8 +30,8 @@ from convert.core.names import name_table
 from convert.core.source import model_shapes
 from convert.core.tensors import Stored
 from convert.formats.ours import OursSink
+from openmoe.checkpoint.description import model_fields
 from openmoe.config import ModelConfig, MoEConfig
-from openmoe.train_state import model_fields
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ONE = 'one_direction'

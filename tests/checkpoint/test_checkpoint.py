@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from openmoe.checkpoint import manifest
-from openmoe.checkpoint.checkpointer import Checkpointer, CheckpointError, identity_differences
+from openmoe.checkpoint.checkpointer import Checkpointer, CheckpointError
+from openmoe.checkpoint.description import identity_differences
 from openmoe.config import ConfigError
 from tests.checkpoint.case import (
   DATA,

@@ -22,8 +22,8 @@ from convert.core.source import model_shapes
 from convert.core.tensors import Stored
 from convert.formats.ours import OursSink
 from convert.run import Options, convert, find_form
+from openmoe.checkpoint.description import model_fields
 from openmoe.config import ModelConfig, MoEConfig
-from openmoe.train_state import model_fields
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / 'tests' / 'golden'

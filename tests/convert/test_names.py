@@ -8,7 +8,8 @@ from convert.core.names import NamesError, check_names, name_table
 from convert.core.source import model_shapes
 from convert.core.tensors import ConvertError
 from convert.formats.zarrays import kvstore
-from openmoe.train_state import abstract_params, model_fields
+from openmoe.checkpoint.description import model_fields
+from openmoe.train_state import abstract_params
 
 
 def _ours(config):

@@ -13,7 +13,8 @@ from convert.core.names import name_table
 from convert.core.tensors import ConvertError
 from convert.run import Options, convert, find_form
 from openmoe.checkpoint.checkpointer import Checkpointer
-from openmoe.train_state import abstract_params, identity
+from openmoe.checkpoint.description import identity
+from openmoe.train_state import abstract_params
 from tests.convert import case
 
 

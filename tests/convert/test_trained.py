@@ -11,9 +11,10 @@ from convert.core.names import name_table
 from convert.run import Options, convert, find_form
 from convert.sizes import of_form
 from openmoe.checkpoint import checkpointer as checkpoint
+from openmoe.checkpoint.description import identity, model_fields
 from openmoe.config import OptimizerConfig
 from openmoe.optimizer import learning_rate, make_optimizer
-from openmoe.train_state import TrainState, abstract_params, identity, model_fields
+from openmoe.train_state import TrainState, abstract_params
 from tests.convert import case
 
 # Low enough that all matrices are factored, among them gates along either side.

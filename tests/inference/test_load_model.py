@@ -18,10 +18,11 @@ from convert.core.names import to_hf as hf_tensors
 from convert.formats import hf_jetmoe
 from convert.formats.hf_config import to_hf
 from openmoe.checkpoint.checkpointer import Checkpointer
+from openmoe.checkpoint.description import identity
 from openmoe.config import ConfigError, ModelConfig
 from openmoe.data.vocabulary import Vocabulary, train_vocabulary
 from openmoe.inference.model import LanguageModel
-from openmoe.train_state import TrainState, abstract_params, identity
+from openmoe.train_state import TrainState, abstract_params
 from scripts.load_model import load
 
 SIZES = {'num_layers': 2, 'embed_dim': 16, 'mlp_dim': 16, 'num_heads': 4, 'head_dim': 4}

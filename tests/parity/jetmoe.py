@@ -31,10 +31,10 @@ import numpy as np
 from convert.load import load_params
 from convert.run import Options, convert, find_form
 from convert.sizes import of_form
+from openmoe.checkpoint.description import model_fields
 from openmoe.config import ModelConfig
 from openmoe.inference.decode import inference_config
 from openmoe.models import build_model, init_decode_cache, unstack
-from openmoe.train_state import model_fields
 from openmoe.types import Batch, PyTree
 
 LIMITS = {'logits': 1e-5, 'cached_decode': 1e-5, 'export_mismatches': 0}

@@ -27,9 +27,10 @@ from convert.core.names import name_table
 from convert.run import Options, convert, find_form
 from openmoe import config as config_lib
 from openmoe.checkpoint.checkpointer import Checkpointer
+from openmoe.checkpoint.description import model_fields
 from openmoe.layers.moe.router import upstream_group_size
 from openmoe.optimizer import learning_rate, make_optimizer
-from openmoe.train_state import TrainState, abstract_params, build_model, model_fields
+from openmoe.train_state import TrainState, abstract_params, build_model
 from openmoe.types import Batch, PyTree
 
 LIMITS = {'param_mismatches': 0, 'optimizer_mismatches': 0, 'logits_eval': 2e-5}
