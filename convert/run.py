@@ -27,7 +27,7 @@ from convert.formats.t5x import T5xSink
 from convert.logits import agreement, forward, seeded_tokens
 from convert.workplace import Job, Workplace
 from openmoe.checkpoint import safe_json
-from openmoe.checkpoint.description import model_fields
+from openmoe.checkpoint.description import keep_vocabulary, model_fields
 from openmoe.config import ModelConfig
 
 __all__ = ['Options', 'Result', 'convert', 'find_form']
@@ -191,6 +191,8 @@ def convert(form: Form, kind: str, out: str, model: str | None, options: Options
     began = time.perf_counter()
     work.commit(json.dumps(receipt, indent=1).encode())
     seconds += time.perf_counter() - began
+  if record := target.kept_vocabulary(form, config):
+    keep_vocabulary(final.parent, record, form.vocabulary_content())
   nbytes = sum(job.target.stored.nbytes for job in jobs)
   return Result(final, len(jobs), nbytes, seconds, receipt)
 

@@ -1,65 +1,38 @@
-"""--model: which model a checkpoint is of, read without running anything.
+"""Which model a checkpoint is of: what it says of itself, or --model where it says too little.
 
-A size is a file of gin/models (read for its literal values; gin is not involved), a JSON file with
-the fields of ModelConfig, or what the checkpoint itself tells.
+A size of --model is a name of openmoe.models.sizes or a JSON file with the fields of ModelConfig.
+Nothing is run to find out.
 """
 
 from __future__ import annotations
 
-import ast
 import difflib
-import json
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from convert.core.forms import Form, reading
 from convert.core.tensors import ConvertError
-from openmoe.config import Architecture, ConfigError, ModelConfig, MoEConfig
+from openmoe.checkpoint import description, fields, safe_json
+from openmoe.checkpoint.paths import Unreadable
+from openmoe.config import Architecture, ConfigError, ModelConfig
+from openmoe.models.sizes import SIZES, jetmoe_routing
 
-MODELS = pathlib.Path(__file__).resolve().parent.parent / 'gin' / 'models'
 # How JetMoE differs from the defaults of ModelConfig and MoEConfig, in all its sizes.
 _JETMOE = {'architecture': Architecture.JETMOE.value, 'final_norm_epsilon': 1e-5}
-_JETMOE_MOE = {
-  'dispatch': 'dropless',
-  'router_order': 'top_k_softmax',
-  'router_loss': 'sum',
-  'router_init_std': 0.01,
-  'ignore_padding': True,
-  'router_z_weight': 0.001,
-}
 _SIZES = ('vocab_size', 'num_layers', 'embed_dim', 'mlp_dim', 'num_heads', 'head_dim')
 
 
-def _read_gin(path: pathlib.Path) -> dict[str, Any]:
-  """Literal bindings of ModelConfig and MoEConfig; macros and references are left out."""
-  fields: dict[str, Any] = {}
-  section = None
-  for line in path.read_text(encoding='utf-8').splitlines():
-    if head := re.fullmatch(r'config\.(\w+):\s*', line):
-      section = head[1]
-    elif item := re.fullmatch(r'  (\w+) = ([^%@].*?)(\s+#.*)?', line):
-      target = fields if section == 'ModelConfig' else fields.setdefault('moe', {})
-      if section in ('ModelConfig', 'MoEConfig'):
-        target[item[1]] = ast.literal_eval(item[2])
-    elif line and not line.startswith(' '):
-      section = None
-  return fields
-
-
-def config_from(fields: Mapping[str, Any], where: str) -> ModelConfig:
+def config_from(told: Mapping[str, Any], where: str) -> ModelConfig:
   """ModelConfig from plain values, `moe` being a mapping.
 
   Raises:
     ConvertError: a field is unknown, missing or breaks a rule of ModelConfig.
   """
-  fields = dict(fields)
-  moe = fields.pop('moe', None)
   try:
-    return ModelConfig(**fields, moe=MoEConfig(**moe) if moe else None)
-  except (TypeError, ConfigError) as error:
-    raise ConvertError(f'{where} does not describe a model: {error}') from error
+    return fields.read(ModelConfig, told, where)
+  except ConfigError as error:
+    raise ConvertError(str(error)) from error
 
 
 def named(model: str) -> ModelConfig:
@@ -68,24 +41,20 @@ def named(model: str) -> ModelConfig:
   Raises:
     ConvertError: there is no such size or file, with the nearest names.
   """
-  path = pathlib.Path(model)
-  if path.suffix == '.json':
-    if not path.is_file():
+  if model.endswith('.json'):
+    if not pathlib.Path(model).is_file():
       raise ConvertError(f'--model={model} does not exist.')
-    return config_from(json.loads(path.read_text(encoding='utf-8')), model)
-  gin_file = path if path.suffix == '.gin' else MODELS / f'{model}.gin'
-  if not gin_file.is_file():
-    known = sorted(p.stem for p in MODELS.glob('*.gin'))
-    near = difflib.get_close_matches(model, known, n=2) or known
+    try:
+      return config_from(safe_json.read(model), model)
+    except (OSError, Unreadable) as error:
+      raise ConvertError(f'--model={model} cannot be read: {error}') from error
+  if model not in SIZES:
+    near = difflib.get_close_matches(model, SIZES, n=2) or sorted(SIZES)
     raise ConvertError(
-      f'--model={model} is not a size of gin/models. Nearest: {near}. Or give a JSON file with the '
+      f'--model={model} is not a published size. Nearest: {near}. Or give a JSON file with the '
       'fields of openmoe.config.ModelConfig.'
     )
-  return config_from(_read_gin(gin_file), str(gin_file))
-
-
-def _known() -> list[ModelConfig]:
-  return [named(path.stem) for path in sorted(MODELS.glob('*.gin'))]
+  return SIZES[model]
 
 
 def _identity(config: ModelConfig) -> dict[str, Any]:
@@ -101,7 +70,7 @@ def _identity(config: ModelConfig) -> dict[str, Any]:
 
 def _told(form: Form) -> dict[str, Any]:
   """What a checkpoint tells of itself, all in one mapping beside `moe` and `model`."""
-  told = {k: v for k, v in form.sizes().items() if v is not None}
+  told = {k: v for k, v in form.told().items() if v is not None}
   computed = told.get('model', {}) | told.get('moe', {})
   names = ('rope_theta', 'final_norm_epsilon', 'top_k')
   return told | {k: computed[k] for k in names if computed.get(k) is not None}
@@ -121,41 +90,43 @@ def of_form(form: Form, model: str | None) -> ModelConfig:
 
 
 def _of_form(form: Form, model: str | None) -> ModelConfig:
-  told = _told(form)
-  if model is not None:
-    config = named(model)
-    mine = _identity(config)
-    wrong = [
-      f'{name} is {told[name]} there and {mine[name]} in --model={model}'
-      for name in mine
-      if name in told and told[name] != mine[name]
-    ]
-    if wrong:
-      raise ConvertError(f'{form.path} is of another model: {"; ".join(wrong)}.')
-    return config
-  for config in _known():
-    mine = _identity(config)
-    if all(told.get(name, value) == value for name, value in mine.items()):
-      return config
-  return of_told(told, str(form.path))
+  told = form.model()
+  if model is None:
+    return told or of_told(form.sizes(), str(form.path), form.base())
+  config = named(model)
+  found, mine = (_identity(told) if told else _told(form)), _identity(config)
+  wrong = [
+    f'{name} is {found[name]} there and {mine[name]} in --model={model}'
+    for name in mine
+    if name in found and found[name] != mine[name]
+  ]
+  if wrong:
+    raise ConvertError(f'{form.path} is of another model: {"; ".join(wrong)}.')
+  return told or config
 
 
-def of_told(told: Mapping[str, Any], where: str) -> ModelConfig:
-  """The model of what Form.sizes() told; what it does not tell is as published.
+def of_told(told: Mapping[str, Any], where: str, base: ModelConfig | None = None) -> ModelConfig:
+  """The model of what Form.sizes() told; what it does not tell is as in `base`, or as published.
 
   Raises:
     ConvertError: a size is missing.
   """
+  told = {name: value for name, value in told.items() if value is not None}
   missing = [name for name in (*_SIZES, 'num_sparse_layers') if name not in told]
   if missing:
     raise ConvertError(
-      f'{where} does not tell {", ".join(missing)}; give --model (a name of gin/models, or a '
-      'JSON file with the fields of ModelConfig).'
+      f'{where} does not tell {", ".join(missing)}; give --model (a published size, or a JSON file '
+      'with the fields of ModelConfig).'
     )
-  fields = {name: told[name] for name in (*_SIZES, 'num_sparse_layers')}
-  fields['name'] = told.get('name') or 'converted'
+  found = {name: told[name] for name in (*_SIZES, 'num_sparse_layers')}
+  found['name'] = told.get('name') or 'converted'
   jetmoe = told.get('architecture') == Architecture.JETMOE.value
-  if fields['num_sparse_layers']:
-    moe = _JETMOE_MOE if jetmoe else {}
-    fields['moe'] = moe | {'num_experts': told['num_experts']} | told.get('moe', {})
-  return config_from((_JETMOE if jetmoe else {}) | fields | told.get('model', {}), where)
+  if base is not None:
+    known = description.model_fields(base)
+    moe = known.pop('moe') or {}
+  else:
+    known = _JETMOE if jetmoe else {}
+    moe = fields.plain(jetmoe_routing(told['num_experts'])) if jetmoe else {}
+  if found['num_sparse_layers']:
+    found['moe'] = moe | {'num_experts': told['num_experts']} | told.get('moe', {})
+  return config_from(known | found | told.get('model', {}), where)

@@ -48,6 +48,7 @@ def load_model(config: evaluate_lib.EvaluationConfig) -> evaluate_lib.Model:
     dtype=config.dtype,
     max_length=config.max_length,
     vocabulary=config.vocabulary,
+    model=config.model,
   )
   if config.model:
     check_sizes(model.config, config.model, config.checkpoint)

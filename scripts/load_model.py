@@ -1,8 +1,8 @@
 """Opens any checkpoint as a LanguageModel: a run, one of its checkpoints, a Hugging Face folder.
 
-A run directory says in its config.gin what the model is and which vocabulary it was trained with;
-converted checkpoints have none, so a vocabulary must be given. Hugging Face folders, the OpenMoE
-port's or JetMoE's, bring their tokenizer along.
+Our own checkpoints say themselves what they are, and their run directory holds the vocabulary;
+Hugging Face folders, the OpenMoE port's or JetMoE's, bring config.json and a tokenizer. Nothing
+that is read is run.
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.traverse_util
-import gin
 import jax
 import numpy as np
 from etils import epath
@@ -23,24 +21,28 @@ from jax.sharding import NamedSharding
 
 from convert import sizes
 from convert.core.names import NamesError
-from convert.core.source import find_form
 from convert.core.tensors import ConvertError
 from convert.formats.hf import HfForm
 from convert.load import load_params
 from openmoe import partitioning
+from openmoe.checkpoint import safe_json
 from openmoe.checkpoint.checkpointer import Checkpointer
-from openmoe.checkpoint.description import identity
+from openmoe.checkpoint.description import (
+  Description,
+  find_vocabulary,
+  identity,
+  identity_differences,
+  undescribed,
+)
+from openmoe.checkpoint.paths import Unreadable, step_of
 from openmoe.config import Architecture, ConfigError, ModelConfig
 from openmoe.inference import chat
 from openmoe.inference.model import LanguageModel
 from openmoe.inference.placement import cast, expert_form, inference_mesh
 from openmoe.models import unstack
-from openmoe.observe.record import CONFIG
-from openmoe.programme import Programme
 from openmoe.train_state import abstract_params
 from openmoe.types import PyTree
-from scripts import gin_flags
-from scripts.tokenizers import TextTokenizer
+from scripts.tokenizers import TextTokenizer, byte_tokenizer
 
 DTYPES = ('float32', 'bfloat16')
 # What the published models were trained with; a run with longer rows has its own.
@@ -53,6 +55,7 @@ def load(
   dtype: str = 'float32',
   max_length: int | None = None,
   vocabulary: str | None = None,
+  model: str | None = None,
   capacity: bool = False,
   num_model_partitions: int | None = None,
   num_expert_partitions: int = 1,
@@ -67,6 +70,7 @@ def load(
     max_length: tokens of a sequence; None takes the longer of the training rows and the context of
       the published models (2048, JetMoE 4096).
     vocabulary: a SentencePiece model, for checkpoints that do not say theirs.
+    model: a published size or a JSON file, for checkpoints of before there were descriptions.
     capacity: route as in training, with drops; see decode.inference_config.
     num_model_partitions, num_expert_partitions: see placement.inference_mesh.
     batch_rows: rows of a batch at most.
@@ -87,7 +91,7 @@ def load(
       f'folder; `bash scripts/run_pretrain.sh` makes runs/openmoe_tiny.'
     )
   is_hf = (path / 'config.json').exists()
-  found = _open_hf(path, vocabulary) if is_hf else _open_run(path, vocabulary)
+  found = _open_hf(path, vocabulary) if is_hf else _open_run(path, vocabulary, model)
   config = dataclasses.replace(found.config, dtype=dtype)
   mesh = inference_mesh(config, jax.devices(), num_model_partitions, num_expert_partitions)
   params = _placed(found.params(config, mesh), config, mesh, expert_form(config, mesh, capacity))
@@ -103,6 +107,7 @@ def load(
     batch_rows=batch_rows,
     unstacked=True,
     chat_template=found.chat_template,
+    eos_ids=found.eos_ids,
   )
 
 
@@ -121,6 +126,7 @@ class _Found:
   start_id: int = 0
   row_length: int = 0
   chat_template: chat.ChatTemplate = chat.OPENMOE
+  eos_ids: tuple[int, ...] = ()
 
 
 def _shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> PyTree:
@@ -156,23 +162,26 @@ def _placed(
 # --- our own checkpoints
 
 
-def _open_run(path: epath.Path, vocabulary: str | None) -> _Found:
-  named = re.fullmatch(r'checkpoint_(\d+)', path.name)
-  run = path.parent if named else path
+def _open_run(path: epath.Path, vocabulary: str | None, model: str | None) -> _Found:
+  named = step_of(path)
+  run = path if named is None else path.parent
+  reader = Checkpointer(run, 1, None, read_only=True)
   try:
-    form = find_form(path, 'ours')
-  except ConvertError as error:
+    step = reader.latest_step() if named is None else named
+    if step is None:
+      raise ConfigError(
+        f'{path} is no run directory with whole checkpoints, no checkpoint_STEP and no Hugging '
+        'Face folder.'
+      )
+    told = reader.describe(step)
+    if told is None:
+      told = Description(_named(run / f'checkpoint_{step}', model, reader.identity(step)))
+  finally:
+    reader.close()
+  config = told.model
+  if not vocabulary and told.vocabulary is None:
     raise ConfigError(
-      f'{path} is no run directory with checkpoints, no checkpoint_STEP and no Hugging Face folder '
-      f'({error}).'
-    ) from error
-  if (run / CONFIG).exists():
-    config, own_vocabulary, row_length = _read_run(run / CONFIG, with_vocabulary=not vocabulary)
-  else:
-    config, own_vocabulary, row_length = _sizes_of(form), None, 0
-  if not vocabulary and own_vocabulary is None:
-    raise ConfigError(
-      f'{run} has no {CONFIG} that names a vocabulary: give the SentencePiece model, '
+      f'{run}/checkpoint_{step} does not say its vocabulary: give the SentencePiece model, '
       'vocabulary=PATH (--vocabulary=PATH).'
     )
 
@@ -181,55 +190,49 @@ def _open_run(path: epath.Path, vocabulary: str | None) -> _Found:
     if mesh is not None:
       place = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
       shapes = jax.tree.map(place, shapes, _shardings(config, mesh))
-    reader = Checkpointer(run, 1, identity(config), read_only=True)
+    reader = Checkpointer(run, 1, None, read_only=True)
     try:
-      step = int(named[1]) if named else reader.latest_step()
       return dict(reader.restore_params(step, shapes))
     finally:
       reader.close()
 
   jetmoe = config.architecture is Architecture.JETMOE
   return _Found(
-    f'{config.name}:{form.step}',
+    f'{config.name}:{step}',
     config,
-    TextTokenizer.open(vocabulary) if vocabulary else own_vocabulary,
+    TextTokenizer.open(vocabulary) if vocabulary else _described(run, told),
     params,
-    row_length=row_length,
+    start_id=told.start_id,
+    row_length=told.row_length or 0,
     chat_template=chat.JETMOE if jetmoe else chat.OPENMOE,
+    eos_ids=told.eos_ids,
   )
 
 
-def _read_run(path: epath.Path, with_vocabulary: bool) -> tuple[ModelConfig, Any, int]:
-  """(model, vocabulary or None, tokens of a row) from what a run wrote down."""
-  before = gin.config_str()
-  with gin.unlock_config():
-    gin.clear_config()
-    try:
-      gin.parse_config(path.read_text(encoding='utf-8'))
-      arguments = gin_flags.bindings('train.train')
-    except (ValueError, ImportError, AttributeError, SyntaxError) as error:
-      raise ConfigError(f'{path} cannot be read: {gin_flags.explain(error)}') from error
-    finally:
-      gin.clear_config()
-      gin.parse_config(before)
-  data = arguments['data']
-  if isinstance(data, Programme):
-    data = data.stages[-1].data
-  if not with_vocabulary:
-    return arguments['model'], None, data.row_length
-  import seqio
-
-  for source in arguments.get('sources', ()):
-    source.register()
-  task = seqio.get_mixture_or_task(data.mixture_or_task_name)
-  return arguments['model'], task.output_features['targets'].vocabulary, data.row_length
+def _described(run: epath.Path, told: Description) -> TextTokenizer:
+  """The tokenizer that a description names, from the copy in the run directory if there is one."""
+  record = told.vocabulary
+  if record.kind == 'bytes':
+    return byte_tokenizer(record.extra_ids, told.eos_ids[0])
+  content = find_vocabulary(run, record)
+  return TextTokenizer.of(record.kind, content, str(run), told.eos_ids[0], record.extra_ids)
 
 
-def _sizes_of(form) -> ModelConfig:
+def _named(path: epath.Path, model: str | None, told: Mapping[str, Any]) -> ModelConfig:
+  """The model of a checkpoint of before there were descriptions, as the user says."""
+  if model is None:
+    raise ConfigError(undescribed(path, told))
+  config = _as_config_error(lambda: sizes.named(model))
+  if differences := identity_differences(told, identity(config)):
+    raise ConfigError(f'{path} is of another model than {model}: {"; ".join(differences)}.')
+  return config
+
+
+def _as_config_error(read: Callable[[], Any]) -> Any:
   try:
-    return sizes.of_form(form, None)
+    return read()
   except ConvertError as error:
-    raise ConfigError(f'The model of {form.path} is not known: {error}') from error
+    raise ConfigError(str(error)) from error
 
 
 # --- Hugging Face folders
@@ -243,19 +246,57 @@ def _open_hf(path: epath.Path, vocabulary: str | None) -> _Found:
   facts = form.config
   jetmoe = facts.get('model_type') == 'jetmoe'
   name = os.path.basename(os.path.abspath(path))
-  config = dataclasses.replace(_sizes_of(form), name=name)
+  config = _as_config_error(lambda: sizes.of_form(form, None))
   # JetMoeConfig leaves out its defaults; the OpenMoE port writes its own, 0 and 1.
-  start, eos = (facts.get(key) for key in ('bos_token_id', 'eos_token_id'))
-  start, eos = (1 if start is None else start, 2 if eos is None else eos) if jetmoe else (0, 1)
+  start, eos = (1, (2,)) if jetmoe else (0, (1,))
+  if jetmoe:
+    start = _token(path, facts, 'bos_token_id', config, start)
+  eos_ids = _eos_ids(path, facts, config, eos) if jetmoe or 'openmoe_step' in facts else eos
   return _Found(
     name,
-    config,
-    TextTokenizer.open(vocabulary or str(path), eos if isinstance(eos, int) else eos[0]),
+    dataclasses.replace(config, name=name),
+    TextTokenizer.open(vocabulary or str(path), eos_ids[0]),
     lambda config, mesh: _read(form, config),
     start_id=start,
-    row_length=facts.get('max_position_embeddings') or facts.get('n_positions') or 0,
+    row_length=_count(facts, 'max_position_embeddings') or _count(facts, 'n_positions'),
     chat_template=chat.from_folder(pathlib.Path(path)) or (chat.JETMOE if jetmoe else chat.OPENMOE),
+    eos_ids=eos_ids,
   )
+
+
+def _count(facts: Mapping[str, Any], name: str) -> int:
+  value = facts.get(name) or 0
+  if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    raise ConfigError(f'config.json: {name}={value!r} must be a whole number; repair it.')
+  return value
+
+
+def _token(path, facts: Mapping[str, Any], name: str, config: ModelConfig, default: int) -> int:
+  """A token id of a folder's file of facts."""
+  value = facts.get(name)
+  if value is None:
+    return default
+  if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < config.vocab_size:
+    raise ConfigError(
+      f'{path}: {name}={value!r} must be a token below vocab_size={config.vocab_size}; repair it.'
+    )
+  return value
+
+
+def _eos_ids(path, facts: Mapping[str, Any], config: ModelConfig, default) -> tuple[int, ...]:
+  """Tokens that end a text: those of config.json first, then those of generation_config.json."""
+  other = path / 'generation_config.json'
+  try:
+    more = safe_json.read(other) if other.exists() else {}
+  except (OSError, Unreadable) as error:
+    raise ConfigError(f'{other} cannot be read: {error}') from error
+  found: dict[int, None] = {}
+  for told in (facts, more):
+    value = told.get('eos_token_id')
+    for one in value if isinstance(value, list) else [value]:
+      if one is not None:
+        found[_token(path, {'eos_token_id': one}, 'eos_token_id', config, 0)] = None
+  return tuple(found) or default
 
 
 def _read(form: HfForm, config: ModelConfig) -> PyTree:

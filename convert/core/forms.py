@@ -21,8 +21,9 @@ from etils import epath
 
 from convert.core.names import NamesError, Row
 from convert.core.tensors import ConvertError, Stored, Writable, cast, digest, transpose_into
-from openmoe.checkpoint import paths, safe_json
-from openmoe.config import ConfigError, ModelConfig
+from openmoe.checkpoint import fields, paths, safe_json
+from openmoe.checkpoint.description import Description, VocabularyRecord
+from openmoe.config import Architecture, ConfigError, ModelConfig
 
 RECEIPT = 'conversion_receipt.json'
 MAX_SHARD = 5_000_000_000
@@ -63,6 +64,18 @@ def reading(path: os.PathLike | str) -> Iterator[None]:
     told = isinstance(error, (paths.Unreadable, OSError))
     reason = str(error) if told else f'{type(error).__name__}: {error}'
     raise ConvertError(f'{os.fspath(path)} cannot be read: {reason[:500]}') from error
+
+
+def read_model(told: object, where: str) -> ModelConfig:
+  """A configuration that a file holds.
+
+  Raises:
+    ConvertError: it is damaged.
+  """
+  try:
+    return fields.read(ModelConfig, told, where)
+  except ConfigError as error:
+    raise ConvertError(str(error)) from error
 
 
 class Form(abc.ABC):
@@ -118,6 +131,32 @@ class Form(abc.ABC):
     """One phrase per tensor that is stored twice and differs from itself."""
     del rows
     return iter(())
+
+  def model(self) -> ModelConfig | None:
+    """The whole configuration where the checkpoint has it, None where it tells sizes alone.
+
+    Raises:
+      ConvertError: what is there is damaged.
+    """
+    return None
+
+  def told(self) -> dict[str, Any]:
+    """What --model is compared with."""
+    return self.sizes()
+
+  def base(self) -> ModelConfig | None:
+    """What sizes() leaves out, where the form has that."""
+    return None
+
+  def describe(self, config: ModelConfig) -> Description:
+    """What a checkpoint made of this one says of itself."""
+    jetmoe = config.architecture is Architecture.JETMOE
+    tokens = {'start_id': 1, 'eos_ids': (2,)} if jetmoe and config.vocab_size > 2 else {}
+    return Description(config, **tokens)
+
+  def vocabulary_content(self) -> bytes:
+    """The file of describe().vocabulary, empty where there is none."""
+    return b''
 
   def receipt(self) -> Mapping[str, Any] | None:
     path = self.path / RECEIPT
@@ -234,6 +273,12 @@ class Sink(abc.ABC):
       ConvertError: it has no names there.
     """
     del config
+
+  @classmethod
+  def kept_vocabulary(cls, source: Form, config: ModelConfig) -> VocabularyRecord | None:
+    """The vocabulary whose file is put beside the checkpoint."""
+    del source, config
+    return None
 
   @abc.abstractmethod
   def prepare(self, config: ModelConfig, sources: Mapping[str, Stored], dtype: np.dtype) -> None:

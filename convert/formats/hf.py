@@ -21,13 +21,14 @@ from typing import Any, Self
 import numpy as np
 from etils import epath
 
-from convert.core.forms import MAX_SHARD, Form, Layout, Options, Sink
+from convert.core.forms import MAX_SHARD, Form, Layout, Options, Sink, read_model
 from convert.core.names import Row, hf_names, name_problems, name_table
 from convert.core.tensors import ConvertError, Stored, Writable, is_float, write_synced
 from convert.formats import hf_config
 from convert.formats.pickled import read_bin
 from convert.formats.safetensor import SafetensorsFile, read_safetensors
 from openmoe.checkpoint import safe_json
+from openmoe.checkpoint.description import Description, vocabulary_record
 from openmoe.checkpoint.paths import (
   Unreadable,
   absolute,
@@ -36,7 +37,7 @@ from openmoe.checkpoint.paths import (
   open_regular,
   read_small,
 )
-from openmoe.config import ModelConfig
+from openmoe.config import Architecture, ConfigError, ModelConfig
 
 TORCH_SOURCES = pathlib.Path(__file__).parents[1] / 'torch'
 INDEX = 'model.safetensors.index.json'
@@ -44,6 +45,14 @@ _READERS = {'.safetensors': read_safetensors, '.bin': read_bin}
 _STEMS = (('model', '.safetensors'), ('pytorch_model', '.bin'))
 _LARGEST_CONFIG = 4 << 20
 _LARGEST_TOKENIZER = 64 << 20
+# What tells a vocabulary, the first that is there.
+VOCABULARIES = (
+  'spiece.model',
+  'sentencepiece.model',
+  'sentencepiece.bpe.model',
+  'tokenizer.model',
+  'tokenizer.json',
+)
 # Files of a tokenizer that are taken along; no others, whatever they are called.
 _TOKENIZER = (
   'added_tokens.json',
@@ -135,6 +144,46 @@ class HfForm(Form):
 
   def sizes(self) -> dict[str, Any]:
     return hf_config.sizes(self.config)
+
+  def base(self) -> ModelConfig | None:
+    """Our own fields of config.json; transformers' names go before them where both are there."""
+    told = self.config.get(hf_config.MODEL_FIELDS)
+    where = f'{self.path}/config.json: {hf_config.MODEL_FIELDS}'
+    return None if told is None else read_model(told, where)
+
+  def describe(self, config: ModelConfig) -> Description:
+    told = super().describe(config)
+    eos = self.config.get('eos_token_id')
+    found = {
+      'start_id': self.config.get('bos_token_id'),
+      'pad_id': self.config.get('pad_token_id'),
+      'eos_ids': tuple(eos) if isinstance(eos, list) else None if eos is None else (eos,),
+      'row_length': self.config.get('max_position_embeddings'),
+    }
+    parts = lambda v: v if isinstance(v, tuple) else (v,)
+    whole = lambda v: all(isinstance(i, int) and i >= 0 for i in parts(v))
+    # The published port of OpenMoE writes ids that its vocabulary does not have.
+    own = config.architecture is Architecture.JETMOE or self.config.get('openmoe_step') is not None
+    known = {k: v for k, v in found.items() if own and v is not None and whole(v)}
+    name = self._vocabulary_name()
+    if name:
+      kind = 'tokenizer.json' if name.endswith('.json') else 'sentencepiece'
+      record = vocabulary_record(kind, str(self.path / name), 0, self.vocabulary_content())
+      known['vocabulary'] = record
+    try:
+      return dataclasses.replace(told, **known)
+    except ConfigError as error:
+      raise ConvertError(f'{self.path}/config.json: {error}') from error
+
+  def _vocabulary_name(self) -> str | None:
+    return next((n for n in VOCABULARIES if (self.path / n).is_file()), None)
+
+  def vocabulary_content(self) -> bytes:
+    name = self._vocabulary_name()
+    try:
+      return read_small(self.path / name, _LARGEST_TOKENIZER) if name else b''
+    except (OSError, Unreadable) as error:
+      raise ConvertError(f'{self.path / name} cannot be read: {error}') from error
 
   def problems(self) -> Iterator[str]:
     for name, file in sorted(self._index.items()):

@@ -11,11 +11,13 @@ from typing import Any
 
 from convert.core.tensors import ConvertError
 from convert.formats import hf_jetmoe
+from openmoe.checkpoint.description import model_fields
 from openmoe.config import Architecture, CapacityConvention, Dispatch, ModelConfig
 
 MODEL_TYPE = 'openmoe'
 PAD, BOS, EOS = 0, 0, 1  # the vocabulary has no BOS of its own: padding begins a text
 MAX_POSITIONS = 2048
+MODEL_FIELDS = 'openmoe_model'  # key of all fields of ModelConfig, also what transformers ignores
 _TOKENS = {'pad_token_id': PAD, 'bos_token_id': BOS, 'eos_token_id': EOS}
 # What config.json tells and ModelConfig has no place for; imports keep it for exports.
 _KEPT = (*_TOKENS, 'max_position_embeddings')
@@ -26,6 +28,13 @@ _FIELDS = {
   'intermediate_size': 'mlp_dim',
   'num_attention_heads': 'num_heads',
   'head_dim': 'head_dim',
+}
+# What the computation here cannot do otherwise: field -> the only value.
+_FIXED = {
+  'hidden_act': 'swiglu',
+  'tie_word_embeddings': False,
+  'rope_scaling': None,
+  'attention_bias': False,
 }
 # ModelConfig's capacity convention -> the name in config.json.
 _CAPACITY = {
@@ -43,6 +52,11 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
   if hf_jetmoe.is_jetmoe(config):
     return hf_jetmoe.sizes(config)
   architecture = (config.get('architectures') or ['?'])[0]
+  for name, only in _FIXED.items():
+    if config.get(name, only) != only:
+      raise ConvertError(
+        f'config.json has {name}={config[name]!r}; only {only!r} is implemented, as published.'
+      )
   if config.get('model_type') != MODEL_TYPE and 'openmoe' not in architecture.lower():
     raise ConvertError(
       f'config.json is of {config.get("model_type")!r} ({architecture}), not of OpenMoE or JetMoE.'
@@ -56,16 +70,25 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
   experts, interval = config.get('num_experts') or 0, config.get('moe_layer_interval') or 0
   found['num_experts'] = experts
   found['num_sparse_layers'] = found['num_layers'] // interval if experts and interval else 0
+  computed = {
+    'rope_theta': float(config.get('rope_theta', 10000.0)),
+    'norm_epsilon': config.get('rms_norm_eps', 1e-6),
+    'final_norm_epsilon': config.get('final_rms_norm_eps'),
+  }
+  found['model'] = computed
   if experts:
-    found['moe'] = {
-      'top_k': config.get('router_topk', 2),
-      'capacity_factor': config.get('router_capacity_factor_train', 1.25),
-      'eval_capacity_factor': config.get('router_capacity_factor_eval', 2.0),
-      'min_expert_capacity': config.get('router_min_capacity', 4),
-      'load_balance_weight': config.get('router_aux_loss_factor', 0.01),
-      'router_z_weight': config.get('router_z_loss_factor', 1e-4),
+    names = {
+      'router_topk': 'top_k',
+      'router_group_size': 'group_size',
+      'router_capacity_factor_train': 'capacity_factor',
+      'router_capacity_factor_eval': 'eval_capacity_factor',
+      'router_min_capacity': 'min_expert_capacity',
+      'router_aux_loss_factor': 'load_balance_weight',
+      'router_z_loss_factor': 'router_z_weight',
+      'router_order': 'router_order',
+      'trained_router_capacity': 'capacity_convention',
     }
-  found['model'] = {'rope_theta': float(config.get('rope_theta', 10000.0))}
+    found['moe'] = {ours: config[name] for name, ours in names.items() if name in config}
   return found
 
 
@@ -91,6 +114,7 @@ def to_hf(
       fields = _openmoe(config)
     case Architecture.JETMOE:
       fields = hf_jetmoe.to_hf(config)
+  fields |= {MODEL_FIELDS: model_fields(config)}
   fields |= _TOKENS | {'dtype': dtype} | dict(kept_fields)
   return fields if step is None else fields | {'openmoe_step': step}
 
@@ -108,6 +132,7 @@ def _openmoe(config: ModelConfig) -> dict[str, Any]:
     'max_position_embeddings': MAX_POSITIONS,
     'num_key_value_heads': config.num_heads,
     'rms_norm_eps': config.norm_epsilon,
+    'final_rms_norm_eps': config.final_norm_epsilon,
     'rope_theta': config.rope_theta,
     'tie_word_embeddings': False,
     'use_cache': True,
@@ -132,6 +157,7 @@ def _openmoe(config: ModelConfig) -> dict[str, Any]:
     'router_min_capacity': moe.min_expert_capacity,
     'router_aux_loss_factor': moe.load_balance_weight,
     'router_z_loss_factor': moe.router_z_weight,
+    'router_order': moe.router_order.value,
   }
 
 

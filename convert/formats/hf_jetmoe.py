@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.core.tensors import ConvertError
-from openmoe.config import Architecture, ModelConfig
+from openmoe.config import Architecture, ModelConfig, RouterOrder
 
 MODEL_TYPE = 'jetmoe'
 MAX_POSITIONS = 4096
@@ -80,8 +80,24 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
+# What transformers' JetMoe computes with and has no field for: field -> the only value.
+_UNSAID = {'norm_epsilon': 1e-6}
+_UNSAID_MOE = {'router_order': RouterOrder.TOP_K_SOFTMAX}
+
+
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-  """Fields of transformers' JetMoeConfig, without the tokens."""
+  """Fields of transformers' JetMoeConfig, without the tokens.
+
+  Raises:
+    ConvertError: the model computes with a value that transformers' JetMoe cannot hold.
+  """
+  for part, names in ((config, _UNSAID), (config.moe, _UNSAID_MOE)):
+    for name, only in names.items():
+      if getattr(part, name) != only:
+        raise ConvertError(
+          f'--to hf: {name}={getattr(part, name)} has no field in JetMoeConfig, whose model '
+          f'computes with {only}; such a model stays in our form.'
+        )
   values = {name: getattr(config, name) for name in _SIZES if name != 'num_experts'}
   values |= {'num_experts': config.moe.num_experts, 'init_std': config.init_std}
   values |= {name: getattr(config.moe, name) for name in _MOE}

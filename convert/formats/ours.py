@@ -6,9 +6,10 @@ plain zarr directories with one layer's rows to a chunk, which orbax restores li
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -19,7 +20,14 @@ from convert.core.names import Row, name_problems, name_table
 from convert.core.tensors import ConvertError, Stored, Writable, write_synced
 from convert.formats.zarrays import ZarrStore, missing_chunks
 from openmoe.checkpoint import manifest, safe_json
-from openmoe.checkpoint.description import identity, model_fields, of_metadata
+from openmoe.checkpoint.description import (
+  KEY,
+  Description,
+  VocabularyRecord,
+  identity,
+  of_metadata,
+  undescribed,
+)
 from openmoe.checkpoint.paths import Unreadable, step_of
 from openmoe.config import Architecture, ConfigError, ModelConfig
 
@@ -34,8 +42,8 @@ _HANDLERS = {
 }
 
 
-def _moment(row: Row, slot: str) -> str:
-  return f'opt_state/moments/{row.ours}/{slot}'
+def _moment(row: Row, slot: str, place: str = 'opt_state') -> str:
+  return f'{place}/moments/{row.ours}/{slot}'
 
 
 class OursForm(Form):
@@ -78,34 +86,50 @@ class OursForm(Form):
     return name_problems(self._names, dict.fromkeys(row.ours for row in rows))
 
   @property
+  def _place(self) -> str:
+    """Where the optimizer's own state lies."""
+    record = self.description.optimizer if self.description else None
+    return record.place if record else 'opt_state'
+
+  @property
   def has_optimizer(self) -> bool:
     """Whether moments are there."""
-    return any(path.startswith('opt_state/moments/') for path in self._state_names)
+    return any(path.startswith(f'{self._place}/moments/') for path in self._state_names)
 
   def slots(self, row: Row) -> dict[str, Stored]:
     """Adafactor's moments of a parameter that are in use, in t5x's shape."""
     found = {}
     for slot in MOMENTS:
-      name = self._state_names.get(_moment(row, slot))
+      name = self._state_names.get(_moment(row, slot, self._place))
       if name is None:
         continue
       rank = len(self._state.open(name).shape) - len(row.index) - int(row.experts)
-      label = f'{_moment(row, slot)}{list(row.index)}' if row.index else _moment(row, slot)
+      path = _moment(row, slot, self._place)
+      label = f'{path}{list(row.index)}' if row.index else path
       # Of a gate [d, 2, f]: v has three axes, the slot of the hidden side two, of embed one.
       merge = 2 if row.gated and rank > 1 else 0
       found[slot] = self._state.stored(name, label=label, index=row.index, merge=merge)
     return found
 
+  def model(self) -> ModelConfig | None:
+    return self.description.model if self.description else None
+
+  def describe(self, config: ModelConfig) -> Description:
+    return dataclasses.replace(self.description or Description(config), model=config)
+
   def sizes(self) -> dict[str, Any]:
-    """The model's identity, and all of its configuration where the checkpoint tells it."""
+    """The model's identity.
+
+    Raises:
+      ConvertError: it alone does not say how the model computes.
+    """
+    raise ConvertError(undescribed(self.path, self._facts.get('identity', {})))
+
+  def told(self) -> dict[str, Any]:
+    """The model's identity, for comparison with --model."""
     jetmoe = 'decoder/attention/router/kernel' in self._names
     architecture = Architecture.JETMOE if jetmoe else Architecture.OPENMOE
-    told = dict(self._facts.get('identity', {})) | {'architecture': architecture.value}
-    if self.description is not None:
-      model = model_fields(self.description.model)
-      told['moe'] = model.pop('moe') or {}
-      told['model'] = model
-    return told
+    return dict(self._facts.get('identity', {})) | {'architecture': architecture.value}
 
   def problems(self) -> Iterator[str]:
     named = step_of(self.path)
@@ -113,7 +137,7 @@ class OursForm(Form):
       yield f'mixed steps: the directory says {named}, the metadata {self.step}'
     if problem := manifest.find_problem(self.path, self.step):
       yield problem
-    for path in ('step', 'opt_state/count'):
+    for path in ('step', f'{self._place}/count'):
       if path in self._state_names:
         value = int(self._state.stored(self._state_names[path]).whole())
         if value != self.step:
@@ -142,6 +166,7 @@ class OursSink(Sink):
     self._params = ZarrStore(path / 'params')
     self._state = ZarrStore(path / 'state')
     self._config: ModelConfig | None = None
+    self._describe: Callable[[ModelConfig], Description] | None = None
     self._trees: dict[str, dict[str, tuple[int, ...] | None]] = {'params': {}, 'state': {}}
 
   @classmethod
@@ -149,7 +174,13 @@ class OursSink(Sink):
     del options
     about = {'hf_fields': dict(source.kept_fields)}
     about['converted_from'] = f'{source.kind}: {source.path.name}'
-    return cls(place, source.step or 0, about)
+    made = cls(place, source.step or 0, about)
+    made._describe = source.describe
+    return made
+
+  @classmethod
+  def kept_vocabulary(cls, source: Form, config: ModelConfig) -> VocabularyRecord | None:
+    return source.describe(config).vocabulary if source.vocabulary_content() else None
 
   def prepare(self, config: ModelConfig, sources: Mapping[str, Stored], dtype: np.dtype) -> None:
     self._config = config
@@ -223,7 +254,8 @@ class OursSink(Sink):
   def finish(self) -> None:
     for item, tree in self._trees.items():
       write_synced(self._path / item / '_METADATA', _tree_metadata(tree))
-    metadata = {'model': model_fields(self._config)} | self._metadata
+    described = self._describe(self._config) if self._describe else Description(self._config)
+    metadata = {KEY: described.plain()} | self._metadata
     facts = {'step': self._step, 'identity': identity(self._config), 'metadata': metadata}
     write_synced(self._path / 'metadata' / 'metadata', json.dumps(facts).encode())
     for item in _HANDLERS:

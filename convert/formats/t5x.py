@@ -17,7 +17,7 @@ import msgpack
 import numpy as np
 from etils import epath
 
-from convert.core.forms import Form, Options, Sink
+from convert.core.forms import RECEIPT, Form, Options, Sink, read_model
 from convert.core.names import Row, name_problems, name_table
 from convert.core.tensors import ConvertError, Stored, Writable, write_synced
 from convert.formats.zarrays import ZarrStore, is_ocdbt, missing_chunks
@@ -168,6 +168,13 @@ class T5xForm(Form):
       elif path.startswith('target/'):
         for chunk in missing_chunks(self._store.open(leaf)):
           yield f'{path}: chunk {chunk} is missing'
+
+  def model(self) -> ModelConfig | None:
+    """Of the receipt of the export that made this checkpoint: t5x's own files tell no model."""
+    receipt = self.receipt()
+    if receipt is None or 'model' not in receipt:
+      return None
+    return read_model(receipt['model'], f'{self.path}/{RECEIPT}: model')
 
   def sizes(self) -> dict[str, Any]:
     """Everything but how heads x head_dim divides, which no shape tells."""

@@ -8,6 +8,7 @@ and nothing else.
 from transformers import AutoConfig, PreTrainedConfig
 
 ROUTER_CAPACITIES = ('dropless', 'released', 'colossalai')
+ROUTER_ORDERS = ('softmax_top_k', 'top_k_softmax')
 
 
 class OpenMoeConfig(PreTrainedConfig):
@@ -19,6 +20,9 @@ class OpenMoeConfig(PreTrainedConfig):
     num_experts: 0 for a dense model.
     moe_layer_interval: layer i is sparse iff (i + 1) % moe_layer_interval == 0.
     router_topk: experts per token.
+    router_order: 'softmax_top_k' weighs by probabilities over all experts, 'top_k_softmax' by those
+      over the chosen ones.
+    final_rms_norm_eps: epsilon of the last norm, rms_norm_eps where it is None.
     router_capacity: 'dropless' serves every choice; 'released' is the original JAX system
       (groups of router_group_size tokens, factor without top-k), 'colossalai' the published port
       (one group of all tokens, factor with top-k).
@@ -43,6 +47,7 @@ class OpenMoeConfig(PreTrainedConfig):
   hidden_act: str = 'swiglu'
   max_position_embeddings: int = 2048
   rms_norm_eps: float = 1e-6
+  final_rms_norm_eps: float | None = None
   rope_theta: float = 10000.0
   use_cache: bool = True
   pad_token_id: int | None = 0
@@ -54,6 +59,7 @@ class OpenMoeConfig(PreTrainedConfig):
   num_experts: int = 16
   moe_layer_interval: int = 4
   router_topk: int = 2
+  router_order: str = 'softmax_top_k'
   router_capacity: str = 'dropless'
   router_group_size: int = 4096
   router_capacity_factor_train: float = 1.25
@@ -72,6 +78,8 @@ class OpenMoeConfig(PreTrainedConfig):
       raise ValueError(
         f'router_capacity={self.router_capacity!r} is not one of {ROUTER_CAPACITIES}.'
       )
+    if self.router_order not in ROUTER_ORDERS:
+      raise ValueError(f'router_order={self.router_order!r} is not one of {ROUTER_ORDERS}.')
     if self.num_key_value_heads != self.num_attention_heads:
       raise ValueError(
         f'num_key_value_heads={self.num_key_value_heads} must equal num_attention_heads='

@@ -69,6 +69,8 @@ class OpenMoeSparseMLP(nn.Module):
     # A stable sort takes the lower index of equal experts, as the original does; topk may not.
     top, order = torch.sort(probs, dim=-1, descending=True, stable=True)
     weights, index = top[:, : self.config.router_topk], order[:, : self.config.router_topk]
+    if self.config.router_order == 'top_k_softmax':
+      weights = logits.gather(-1, index).softmax(dim=-1)
     routed = torch.ones_like(index, dtype=torch.bool)
     if token_mask is not None:
       routed = routed & token_mask.reshape(-1, 1)

@@ -222,7 +222,8 @@ class OpenMoeModel(OpenMoePreTrainedModel):
     self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
     layers = range(config.num_hidden_layers)
     self.layers = nn.ModuleList([OpenMoeDecoderLayer(config, i) for i in layers])
-    self.norm = OpenMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+    last = config.final_rms_norm_eps
+    self.norm = OpenMoeRMSNorm(config.hidden_size, config.rms_norm_eps if last is None else last)
     self.gradient_checkpointing = False
     self.post_init()
 

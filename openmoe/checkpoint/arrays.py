@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from openmoe.checkpoint import manifest
+from openmoe.types import PyTree
 
 
 class ArraysHandler(ocp.StandardCheckpointHandler):
@@ -63,3 +64,14 @@ def registry(*items: str) -> ocp.handlers.DefaultCheckpointHandlerRegistry:
     found.add(item, ocp.args.StandardSave, handler)
     found.add(item, ocp.args.StandardRestore, handler)
   return found
+
+
+def with_sharding(abstract: PyTree) -> PyTree:
+  """Gives leaves without a sharding this process's first device, as a plain jit would."""
+  single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+  def place(leaf):
+    sharding = getattr(leaf, 'sharding', None) or single
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree.map(place, abstract)

@@ -67,17 +67,6 @@ def _save_args(tree: PyTree) -> PyTree:
   return jax.tree.map(one, tree)
 
 
-def _with_sharding(abstract: PyTree) -> PyTree:
-  """Gives leaves without a sharding this process's first device, as a plain jit would."""
-  single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-  def place(leaf):
-    sharding = getattr(leaf, 'sharding', None) or single
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-  return jax.tree.map(place, abstract)
-
-
 class Checkpointer:
   """Saves and restores the train state of one run directory.
 
@@ -371,6 +360,10 @@ class Checkpointer:
     self._check(step)
     return of_metadata(self._facts(step), str(self._path(step) / 'metadata' / 'metadata'))
 
+  def identity(self, step: int) -> dict[str, Any]:
+    """What a checkpoint's identity says."""
+    return self._facts(step)['identity']
+
   def _read(self, step: int, **items: ocp.args.CheckpointArgs):
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -401,8 +394,8 @@ class Checkpointer:
     metadata = self._check(step)
     read = self._read(
       step,
-      params=ocp.args.StandardRestore(_with_sharding(abstract_state.params)),
-      state=ocp.args.StandardRestore(_with_sharding(abstract_state.replace(params=None))),
+      params=ocp.args.StandardRestore(arrays.with_sharding(abstract_state.params)),
+      state=ocp.args.StandardRestore(arrays.with_sharding(abstract_state.replace(params=None))),
       data=RestoreDataPositions(),
     )
     return read.state.replace(params=read.params), read.data, metadata
@@ -410,7 +403,9 @@ class Checkpointer:
   def restore_params(self, step: int, abstract_params: PyTree) -> PyTree:
     """Reads the parameters alone; see restore()."""
     self._check(step)
-    return self._read(step, params=ocp.args.StandardRestore(_with_sharding(abstract_params))).params
+    return self._read(
+      step, params=ocp.args.StandardRestore(arrays.with_sharding(abstract_params))
+    ).params
 
   def wait(self) -> None:
     """Returns when the last save is complete.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import flax.traverse_util
@@ -9,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import seqio
 from safetensors.numpy import load_file, save_file
 
 from convert import sizes
@@ -17,33 +17,23 @@ from convert.core.names import name_table
 from convert.core.names import to_hf as hf_tensors
 from convert.formats import hf_jetmoe
 from convert.formats.hf_config import to_hf
+from openmoe.checkpoint import description
 from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.checkpoint.description import identity
 from openmoe.config import ConfigError, ModelConfig
-from openmoe.data.vocabulary import Vocabulary, train_vocabulary
+from openmoe.data.vocabulary import train_vocabulary
 from openmoe.inference.model import LanguageModel
 from openmoe.train_state import TrainState, abstract_params
 from scripts.load_model import load
 
 SIZES = {'num_layers': 2, 'embed_dim': 16, 'mlp_dim': 16, 'num_heads': 4, 'head_dim': 4}
+# What would run, were a run's config.gin parsed.
 CONFIG_GIN = """
 from __gin__ import dynamic_registration
-from openmoe import config
 from openmoe import train
-from openmoe.data import sources
 
-train.train.data = @config.DataConfig()
-train.train.model = @config.ModelConfig()
-config.DataConfig.batch_size = 8
-config.DataConfig.mixture_or_task_name = 'load_model_test'
-config.DataConfig.task_feature_lengths = {'targets': 24}
-config.ModelConfig.name = 'openmoe'
-config.ModelConfig.vocab_size = 320
-config.ModelConfig.num_layers = 2
-config.ModelConfig.embed_dim = 16
-config.ModelConfig.mlp_dim = 16
-config.ModelConfig.num_heads = 4
-config.ModelConfig.head_dim = 4
+train.train.data = @touch/pathlib.Path.write_text()
+touch/pathlib.Path.write_text.self = '{marker}'
 """
 
 
@@ -92,14 +82,20 @@ def compare(model, config: ModelConfig, params) -> None:
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory):
+def run(tmp_path_factory, vocabulary):
+  """A run as training leaves it: described, with its vocabulary beside the checkpoints."""
   directory = tmp_path_factory.mktemp('run')
+  content = pathlib.Path(vocabulary).read_bytes()
+  record = description.vocabulary_record('sentencepiece', vocabulary, 20, content)
+  told = description.Description(dense(), vocabulary=record, row_length=24, eos_ids=(1, 7))
+  description.keep_vocabulary(directory, record, content)
+  about = {description.KEY: told.plain()}
   params = random_params(dense())
   writer = Checkpointer(directory, 3, identity(dense()))
   for step, scale in ((1, 0.5), (2, 1.0)):
     scaled = jax.tree.map(lambda x, s=scale: jnp.asarray(x * s), params)
     state = TrainState(step=jnp.asarray(step, jnp.int32), params=scaled, opt_state=())
-    writer.save(step, state, {}, {})
+    writer.save(step, state, {}, about)
   writer.wait()
   writer.close()
   return directory, params
@@ -117,18 +113,17 @@ def test_a_run_and_one_of_its_steps(run, vocabulary):
   assert load(str(directory), vocabulary=vocabulary).fingerprint == model.fingerprint
 
 
-def test_a_run_says_its_model_and_vocabulary(run, vocabulary):
+def test_a_run_says_its_model_and_vocabulary_and_runs_nothing(run, tmp_path):
   directory, _ = run
-  feature = seqio.Feature(Vocabulary(vocabulary, extra_ids=20))
-  source = seqio.FunctionDataSource(lambda split, shuffle_files: None, splits=('train',))
-  parts = {'source': source, 'preprocessors': [], 'output_features': {'targets': feature}}
-  seqio.TaskRegistry.add('load_model_test', **parts)
-  (directory / 'config.gin').write_text(CONFIG_GIN)
+  marker = tmp_path / 'marker'
+  (directory / 'config.gin').write_text(CONFIG_GIN.format(marker=marker))
   try:
     model = load(str(directory), dtype='bfloat16')
   finally:
-    seqio.TaskRegistry.remove('load_model_test')
     (directory / 'config.gin').unlink()
+  assert not marker.exists()
+  assert model.eos_ids == (1, 7)
+  assert model.vocabulary.decode([300]).strip() == '<extra_id_19>'
   assert model.config.dtype == 'bfloat16' and model.vocabulary.eos_id == 1
   kernels = flax.traverse_util.flatten_dict(model.params, sep='/')
   assert kernels['layer_0/mlp/wo/kernel'].dtype == jnp.bfloat16
@@ -160,7 +155,6 @@ def test_a_hugging_face_folder(config, vocabulary, tmp_path):
     ({'checkpoint': '/nowhere'}, '/nowhere does not exist. Give a run directory'),
     ({'dtype': 'float17'}, "dtype='float17' is not one of"),
     ({'max_length': 1}, 'max_length=1 leaves no room'),
-    ({'vocabulary': None}, 'has no config.gin that names a vocabulary'),
     ({'vocabulary': '/nowhere'}, '/nowhere has no tokenizer'),
     ({'checkpoint': None}, 'is no run directory'),
     ({'num_model_partitions': 8}, 'num_heads=4 does not divide'),
@@ -180,4 +174,57 @@ def test_a_missing_tensor_is_named(vocabulary, tmp_path):
   del tensors['model.norm.weight']
   save_file(tensors, tmp_path / 'model.safetensors')
   with pytest.raises(ConfigError, match=r'model\.norm\.weight is missing'):
+    load(folder)
+
+
+@pytest.fixture
+def old_run(tmp_path):
+  """A run of before there were descriptions: its identity tells sizes alone."""
+  told = identity(dense())
+  del told['architecture']
+  writer = Checkpointer(tmp_path, 3, told)
+  params = jax.tree.map(jnp.asarray, random_params(dense()))
+  writer.save(3, TrainState(jnp.asarray(3, jnp.int32), params, ()), {}, {})
+  writer.close()
+  return tmp_path
+
+
+def test_an_old_checkpoint_opens_when_the_user_says_what_it_is(old_run, vocabulary):
+  with pytest.raises(ConfigError, match='before checkpoints described their model.*--model'):
+    load(str(old_run), vocabulary=vocabulary)
+  file = old_run / 'model.json'
+  file.write_text(json.dumps(description.model_fields(dense())))
+  assert load(str(old_run), vocabulary=vocabulary, model=str(file)).name == 'openmoe:3'
+  with pytest.raises(ConfigError, match='is of another model than openmoe_tiny: .*embed_dim'):
+    load(str(old_run), vocabulary=vocabulary, model='openmoe_tiny')
+
+
+def test_another_vocabulary_in_the_place_of_the_described_one_is_refused(run, tmp_path):
+  copy = shutil.copytree(run[0], tmp_path / 'copy')
+  (kept,) = copy.glob('vocabulary_*.model')
+  kept.write_bytes(kept.read_bytes() + b' ')
+  with pytest.raises(ConfigError, match='is not the vocabulary that the checkpoint was made with'):
+    load(str(copy))
+
+
+def test_results_are_named_after_the_checkpoint_that_was_read(run, tmp_path, vocabulary):
+  copy = shutil.copytree(run[0], tmp_path / 'copy')
+  (manifest,) = copy.glob('checkpoint_2/manifest.json')
+  manifest.unlink()
+  found, first = load(str(copy)), load(f'{run[0]}/checkpoint_1')
+  assert found.name == 'openmoe:1' and found.fingerprint == first.fingerprint
+
+
+def test_several_ends_and_added_tokens_of_a_folder(vocabulary, tmp_path):
+  config = dataclasses.replace(jetmoe(), vocab_size=322)
+  folder = hf_folder(tmp_path, config, random_params(config), vocabulary)
+  (tmp_path / 'generation_config.json').write_text('{"eos_token_id": [1, 9]}')
+  (tmp_path / 'added_tokens.json').write_text('{"<|im_start|>": 320, "<|im_start|>x": 321}')
+  model = load(folder)
+  assert model.eos_ids == (1, 9)
+  ids = model.vocabulary.encode('<|im_start|>xa few')
+  assert ids == [321, *model.vocabulary.encode('a few')]
+  assert model.vocabulary.decode(ids) == '<|im_start|>xa few'
+  (tmp_path / 'added_tokens.json').write_text('{"a": "b"}')
+  with pytest.raises(ConfigError, match="added_tokens.json: the added token 'a': 'b'"):
     load(folder)
