@@ -41,7 +41,7 @@ def load_model(config: evaluate_lib.EvaluationConfig) -> evaluate_lib.Model:
   Raises:
     ConfigError: there is no such checkpoint, or it has other sizes than config.model.
   """
-  from scripts import load_model as loading
+  from convert import open as loading
 
   model = loading.load(
     config.checkpoint,

@@ -24,10 +24,10 @@ from scripts import quiet
 
 quiet.import_tensorflow()
 
+from convert.open import load
 from openmoe.config import ConfigError
 from openmoe.inference import console
 from openmoe.inference.decode import Sampling
-from scripts.load_model import load
 
 
 def prompts_from(args: argparse.Namespace) -> list[str]:

@@ -18,8 +18,8 @@ from scripts import quiet
 
 quiet.import_tensorflow()
 
+from convert.open import load
 from openmoe.evaluation import harness
-from scripts.load_model import load
 
 
 @command.guarded

@@ -26,7 +26,7 @@ from tasks.evaluation import mt_bench
 
 
 def load_model(checkpoint: str, dtype: str):
-  from scripts import load_model as loading
+  from convert import open as loading
 
   return loading.load(checkpoint, **({'dtype': dtype} if dtype else {}))
 

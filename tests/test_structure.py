@@ -192,7 +192,6 @@ NOT_DOORS = {
   'scripts/gin_flags/__init__.py': 'gin and flags stay out of the library',
   'scripts/gin_flags/files.py': 'as above',
   'scripts/gin_flags/hints.py': 'tables',
-  'scripts/load_model.py': 'knows both convert and openmoe',
 }
 
 

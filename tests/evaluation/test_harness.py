@@ -185,7 +185,7 @@ def test_the_harness_runs_a_task_file(tmp_path):
   (tmp_path / 'arc_easy_local.yaml').write_text(json.dumps(task))  # JSON is YAML too
   from lm_eval.tasks import TaskManager
 
-  from scripts.load_model import load
+  from convert.open import load
 
   model = register(load)(model=_texts())
   results = lm_eval.simple_evaluate(

@@ -17,6 +17,7 @@ from convert.core.names import name_table
 from convert.core.names import to_hf as hf_tensors
 from convert.formats import hf_jetmoe
 from convert.formats.hf_config import to_hf
+from convert.open import load
 from openmoe.checkpoint import description
 from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.checkpoint.description import identity
@@ -24,7 +25,6 @@ from openmoe.config import ConfigError, ModelConfig
 from openmoe.data.vocabulary import train_vocabulary
 from openmoe.inference.model import LanguageModel
 from openmoe.train_state import TrainState, abstract_params
-from scripts.load_model import load
 
 SIZES = {'num_layers': 2, 'embed_dim': 16, 'mlp_dim': 16, 'num_heads': 4, 'head_dim': 4}
 # What would run, were a run's config.gin parsed.

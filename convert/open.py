@@ -39,10 +39,10 @@ from openmoe.config import Architecture, ConfigError, ModelConfig
 from openmoe.inference import chat
 from openmoe.inference.model import LanguageModel
 from openmoe.inference.placement import cast, expert_form, inference_mesh
+from openmoe.inference.tokenizer import TextTokenizer, byte_tokenizer
 from openmoe.models import unstack
 from openmoe.train_state import abstract_params
 from openmoe.types import PyTree
-from scripts.tokenizers import TextTokenizer, byte_tokenizer
 
 DTYPES = ('float32', 'bfloat16')
 # What the published models were trained with; a run with longer rows has its own.
