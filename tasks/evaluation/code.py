@@ -166,7 +166,9 @@ def mbpp(
 
   def measure(item: Item, prediction: Prediction) -> dict[str, float]:
     names = programs.called('\n'.join(item.extra['tests']))
-    written = [programs.program(text, names) for text in prediction.texts]
+    # The setup was made for one text of all: functions may use what it imports.
+    after = f'\n{programs.imports(item.extra["setup"])}'
+    written = [programs.program(text, names) + after for text in prediction.texts]
     return _pass_rates(item, prediction, written)
 
   return EvaluationTask(

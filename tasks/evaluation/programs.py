@@ -64,3 +64,9 @@ def defined(source: str) -> list[str]:
 def without(source: str, name: str) -> str:
   """A program less what it defines under a name."""
   return ast.unparse(ast.Module([node for found, node in _named(source) if found != name], []))
+
+
+def imports(source: str) -> str:
+  """The imports of a text's top level."""
+  kept = [node for _, node in _named(source) if isinstance(node, (ast.Import, ast.ImportFrom))]
+  return ast.unparse(ast.Module(kept, []))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import math
@@ -135,6 +136,10 @@ def test_programs_are_put_together_and_run(data_dir):
   assert make('mbpp', 'fixed', data_dir).measure(item, Prediction(texts=texts))[
     'pass@1'
   ] == pytest.approx(2 / 3)
+  item = dataclasses.replace(item, extra={**item.extra, 'setup': 'import math'})
+  texts = ('def one(): return math.floor(1.5)', 'def one(): return cmath.pi')
+  rates = make('mbpp', 'fixed', data_dir).measure(item, Prediction(texts=texts))
+  assert rates == {'pass@1': 0.5}
   with pytest.raises(ConfigError, match='all the same'):
     code.humaneval('fixed', None, data_dir, samples=5)
 
