@@ -36,7 +36,7 @@ def write(folder, name: str) -> str:
     content = ''.join(json.dumps({'text': text}) + '\n' for text in TEXTS)
   raw = content.encode()
   if name.endswith('.gz'):
-    raw = gzip.compress(raw)
+    raw = gzip.compress(raw, mtime=0)
   elif name.endswith('.zst'):
     raw = pyarrow.compress(raw, codec='zstd', asbytes=True)
   path.write_bytes(raw)

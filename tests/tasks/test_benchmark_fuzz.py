@@ -100,7 +100,7 @@ WRITERS = {
   '.json': lambda rows: json.dumps({'data': rows}).encode(),
   '.csv': as_csv,
   '.parquet': as_parquet,
-  '.jsonl.gz': lambda rows: gzip.compress(as_jsonl(rows)),
+  '.jsonl.gz': lambda rows: gzip.compress(as_jsonl(rows), mtime=0),
   '.jsonl.zst': lambda rows: pa.compress(as_jsonl(rows), codec='zstd', asbytes=True),
 }
 
