@@ -6,6 +6,8 @@ spans processes, several read the same shard, and only the first of them saves i
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -100,6 +102,20 @@ class Feed:
   def ready(self, seconds: float) -> bool:
     """Whether the next batch is there, waited for so long at most; see ShardedStream.ready."""
     return self._stream.ready(seconds)
+
+  def digests(self) -> dict[str, str]:
+    """A digest of the newest batch's rows by logical shard, of the shards that this process reads.
+
+    The same on any mesh and any number of processes.
+    """
+    config = self._stream.data
+    each = config.batch_size // config.num_shards
+    fields = [np.asarray(getattr(self.last, f.name)) for f in dataclasses.fields(Batch)]
+    digest = lambda rows: hashlib.sha256(b''.join(f[rows].tobytes() for f in fields)).hexdigest()
+    return {
+      str(shard): digest(slice(i * each, (i + 1) * each))[:32]
+      for i, shard in enumerate(self._shards(config))
+    }
 
   def state(self, seconds: float = 60.0) -> dict[str, bytes]:
     """Stream positions that this process saves, by shard; see ShardedStream.state."""

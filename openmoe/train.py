@@ -13,7 +13,7 @@ import enum
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,8 +37,10 @@ from openmoe.data.stages import format_plan, plan_table
 from openmoe.feed import Feed
 from openmoe.models import build_model
 from openmoe.observe import pictures
+from openmoe.observe.batches import BatchRecords
 from openmoe.observe.metrics import MetricsWriter
 from openmoe.observe.record import write_run_record
+from openmoe.observe.timeline import Timeline
 from openmoe.optimizer import learning_rate, make_optimizer
 from openmoe.plan import abstract_state, check, flops_before, programme_rate
 from openmoe.programme import Programme, as_programme
@@ -118,6 +120,14 @@ class Running:
   writer: MetricsWriter
   signals: Signals
   lease: Lease
+  timeline: Timeline
+  batches: BatchRecords | None
+
+  @contextlib.contextmanager
+  def aside(self, phase: str) -> Iterator[None]:
+    """Time spent inside is of this phase, and no time of training."""
+    with self.timeline.inside(phase, self.step), self.writer.paused():
+      yield
 
 
 def train(
@@ -164,8 +174,14 @@ def train(
     signals = opened.enter_context(Signals(device_mesh))
     lease = Lease(run.model_dir, note=logging.warning)
     in_first(lambda: opened.enter_context(lease))
+    timeline = opened.enter_context(Timeline(run.model_dir, logging.warning))
     checkpointer = opened.enter_context(
-      Checkpointer(run.model_dir, run.keep_checkpoints, identity(model))
+      Checkpointer(
+        run.model_dir,
+        run.keep_checkpoints,
+        identity(model),
+        committing=functools.partial(timeline.background, 'commit'),
+      )
     )
     describe = RunMetadata(run, model, optimizer, programme)
     start = checkpointer.latest_step()
@@ -173,6 +189,7 @@ def train(
       write_run_record(run.model_dir, config_text, start or 0)
       describe.keep_vocabulary()
     first = start if start is not None else initial_step(run)
+    timeline.enter('data', first)
     feed = opened.enter_context(Feed(device_mesh, programme, first))
     opened.enter_context(jax.set_mesh(device_mesh))
     init = jax.jit(
@@ -183,6 +200,7 @@ def train(
       abstract,
       shardings,
     )
+    timeline.enter('restore', first)
     if start is not None:
       state, positions, metadata = checkpointer.restore(start, placed)
       if not data_changed(run, describe(start), metadata, start):
@@ -193,6 +211,7 @@ def train(
       state = init()
     iter(feed)  # reads ahead while the step compiles
 
+    timeline.enter('data', first)
     evaluate = make_evaluation(run, model, module, eval_data, device_mesh)
     step_fn = jax.jit(
       functools.partial(
@@ -221,14 +240,32 @@ def train(
       writer.note(f'Resumed from checkpoint_{start}.')
     if first < run.total_steps:
       writer.note(format_plan(plan_table(programme)))
+    batches = None
+    if run.record_batches:
+      batches = opened.enter_context(BatchRecords(run.model_dir, first, writer.note))
     running = Running(
-      run, first, state, step_fn, feed, evaluate, checkpointer, describe, writer, signals, lease
+      run,
+      first,
+      state,
+      step_fn,
+      feed,
+      evaluate,
+      checkpointer,
+      describe,
+      writer,
+      signals,
+      lease,
+      timeline,
+      batches,
     )
     end = _loop(running)
     step = running.step
-    validation = evaluate(running.state.params) if evaluate and end is not End.STOPPED else {}
-    if validation:
-      writer.write(step, validation, kind='validation')
+    validation = {}
+    if evaluate and end is not End.STOPPED:
+      with running.aside('evaluation'):
+        validation = evaluate(running.state.params)
+        writer.write(step, validation, kind='validation')
+    timeline.enter('save', step)
     checkpointer.wait()  # a signal still finds our handlers, so it cannot cost this save
     if end is not End.COMPLETE:
       writer.note(_why_ended(run, end, step, programme))
@@ -261,14 +298,16 @@ def _loop(at: Running) -> End:
   def save(seconds: float = 60.0) -> None:
     at.lease.check()
     flush()  # never save what has not been seen to be finite
-    at.writer.flush()
-    at.checkpointer.save(at.step, at.state, at.feed.state(seconds), at.describe(at.step))
+    with at.timeline.inside('save', at.step):
+      at.writer.flush()
+      at.checkpointer.save(at.step, at.state, at.feed.state(seconds), at.describe(at.step))
 
+  at.timeline.enter('step', at.step)
   # Signals that came while the run was opened are granted before the first step.
   if at.step < run.total_steps and at.signals.stop_now():
     return End.STOPPED
   while at.step < run.total_steps:
-    if not wait_for_data(at.feed, at.signals, at.writer.note, at.step):
+    if not wait_for_data(at.feed, at.signals, at.timeline, at.writer.note, at.step):
       save(seconds=0.5)
       return End.STOPPED
     batch = next(at.feed, None)
@@ -277,10 +316,12 @@ def _loop(at: Running) -> End:
         raise ConfigError('The training data hold no batch at all; give more, or other lengths.')
       save()
       return End.DATA
-    with contextlib.nullcontext() if compiled else at.writer.paused():
+    with contextlib.nullcontext() if compiled else at.aside('compile'):
       at.state, metrics = at.step_fn(at.state, batch)
     compiled = True
     at.step += 1
+    if at.batches:
+      at.batches.write(at.step, at.feed.digests())
     at.lease.check()
     pending.append((at.step, metrics, at.feed.last))
     stop = at.signals.stop_after_step()
@@ -289,7 +330,7 @@ def _loop(at: Running) -> End:
       flush()
     if at.evaluate and at.step % run.eval_period == 0 and at.step < run.total_steps:
       flush()
-      with at.writer.paused():
+      with at.aside('evaluation'):
         at.writer.write(at.step, at.evaluate(at.state.params), kind='validation')
     if at.step % run.checkpoint_period == 0 or last:
       save()

@@ -36,7 +36,7 @@ ROOMS = {
   'observe': {'config', 'checkpoint'},
   'inference': _STATE | {'checkpoint', 'observe', 'programme', 'plan'},
   'evaluation': {'types', 'config', 'checkpoint', 'observe', 'inference'},
-  'running': _STATE | {'programme', 'train_step', 'data', 'feed', 'checkpoint'},
+  'running': _STATE | {'programme', 'train_step', 'data', 'feed', 'checkpoint', 'observe'},
   'train': _STATE
   | {'programme', 'train_step', 'data', 'feed', 'plan', 'checkpoint', 'observe'}
   | {'running'},

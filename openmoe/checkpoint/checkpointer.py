@@ -80,6 +80,8 @@ class Checkpointer:
       refused. None takes whatever a checkpoint says it is; only to read.
     read_only: for evaluation beside a running training: writes, renames and deletes nothing.
     note: receives warnings and errors as one line of text each.
+    committing: is told a step, in the background of process 0, when all of it is written and its
+      name is about to be.
 
   Raises:
     ConfigError: if the run directory cannot be made or, when read_only, is not there.
@@ -93,11 +95,13 @@ class Checkpointer:
     *,
     read_only: bool = False,
     note: Callable[[str], None] = logging.warning,
+    committing: Callable[[int], None] = lambda step: None,
   ):
     path = os.fspath(model_dir)
     self._directory = absolute(path)
     self._identity = json.loads(json.dumps(identity))
     self._note = note
+    self._committing = committing
     self._read_only = read_only
     self._pending: int | None = None  # step whose save may still run in the background
     self._failure: CheckpointError | None = None
@@ -147,6 +151,7 @@ class Checkpointer:
   def _write_manifest(self) -> None:
     """Called by orbax on process 0, in the background, when all is written but nothing named."""
     assert self._pending is not None
+    self._committing(self._pending)
     temporary = self._directory / f'{PREFIX}_{self._pending}.orbax-checkpoint-tmp'
     # Object stores cannot rename, so there orbax writes in place and marks completion by a file.
     manifest.write(

@@ -97,6 +97,7 @@ class TrainConfig:
     initial_checkpoint: checkpoint of another run, 'RUN/checkpoint_STEP', that a new run starts
       from; its data stream starts afresh. None starts from scratch.
     initial_state: what is taken from it.
+    record_batches: write a digest of every batch beside the metrics, to compare runs by.
     sample_prompts, sample_tokens: texts to continue greedily when the run is complete, and by how
       many tokens.
   """
@@ -114,6 +115,7 @@ class TrainConfig:
   allow_data_change: bool = False
   initial_checkpoint: str | None = None
   initial_state: InitialState = InitialState.ALL
+  record_batches: bool = False
   sample_prompts: tuple[str, ...] = ()
   sample_tokens: int = 48
 
@@ -122,5 +124,5 @@ class TrainConfig:
     whole(self, 'total_steps', 'num_microbatches', 'checkpoint_period', 'keep_checkpoints')
     whole(self, 'log_period', 'router_period')
     whole(self, 'seed', 'eval_period', 'eval_steps', 'sample_tokens', least=0)
-    switches(self, 'allow_data_change')
+    switches(self, 'allow_data_change', 'record_batches')
     require(bool(self.model_dir), 'TrainConfig.model_dir is empty; set MODEL_DIR.')

@@ -85,10 +85,10 @@ def set_aside(path: epath.Path, why: object, note: Note) -> None:
 
 
 class Records:
-  """metrics.jsonl, opened so that it continues after `start_step`."""
+  """A file of records, metrics.jsonl or a like one, opened to continue after `start_step`."""
 
-  def __init__(self, model_dir: epath.Path, start_step: int, note: Note):
-    self._path = model_dir / RECORDS
+  def __init__(self, model_dir: epath.Path, start_step: int, note: Note, name: str = RECORDS):
+    self._path = model_dir / name
     self._remote = is_remote(model_dir)
     self._waiting: list[str] = []
     self._last_write = 0.0

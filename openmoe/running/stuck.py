@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 
 from openmoe.feed import Feed
+from openmoe.observe.timeline import Timeline
 from openmoe.running.signals import Signals
 
 _TELL_AFTER = 60.0  # seconds without data after which the run says so; then after twice as long
@@ -20,7 +21,9 @@ class StuckData(RuntimeError):
   exit_code = 75
 
 
-def wait_for_data(feed: Feed, signals: Signals, note: Callable[[str], None], step: int) -> bool:
+def wait_for_data(
+  feed: Feed, signals: Signals, timeline: Timeline, note: Callable[[str], None], step: int
+) -> bool:
   """Waits for the next batch; False where data are stuck and a signal asks to stop.
 
   Args:
@@ -30,6 +33,16 @@ def wait_for_data(feed: Feed, signals: Signals, note: Callable[[str], None], ste
   Raises:
     StuckData: likewise, with several processes, who cannot save while one has no batch.
   """
+  if feed.ready(0.0):
+    return True
+  begin = time.monotonic()
+  try:
+    return _wait(feed, signals, note, step)
+  finally:
+    timeline.stalled(time.monotonic() - begin)
+
+
+def _wait(feed: Feed, signals: Signals, note: Callable[[str], None], step: int) -> bool:
   begin, tell, asked = time.monotonic(), _TELL_AFTER, None
   while not feed.ready(1.0):
     waited = time.monotonic() - begin
