@@ -202,11 +202,14 @@ def train(
     )
     timeline.enter('restore', first)
     if start is not None:
+      may_differ = describe.check_model(checkpointer.describe(start), start)
       state, positions, metadata = checkpointer.restore(start, placed)
+      describe.go_on(start, metadata.get('tokens_seen'))
       if not data_changed(run, describe(start), metadata, start):
         feed.restore(positions)
     elif run.initial_checkpoint:
-      state = initial_state(run, identity(model), placed, init)
+      state, tokens_seen = initial_state(run, identity(model), placed, init)
+      describe.go_on(first, tokens_seen)
     else:
       state = init()
     iter(feed)  # reads ahead while the step compiles
@@ -231,15 +234,17 @@ def train(
         run.model_dir,
         start_step=first,
         total_steps=run.total_steps,
-        tokens_before=programme.tokens_before,
+        tokens_before=describe.tokens_seen,
         flops_before=functools.partial(flops_before, model, programme),
         sparse_layers=model.router_layers,
       )
     )
     if start is not None:
       writer.note(f'Resumed from checkpoint_{start}.')
+      for phrase in may_differ:
+        writer.note(f'Of the model, {phrase}; the same weights go on.')
     if first < run.total_steps:
-      writer.note(format_plan(plan_table(programme)))
+      writer.note(format_plan(plan_table(programme, more=describe.tokens_more)))
     batches = None
     if run.record_batches:
       batches = opened.enter_context(BatchRecords(run.model_dir, first, writer.note))

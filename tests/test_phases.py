@@ -65,11 +65,11 @@ def test_a_start_takes_all_or_only_parameters(tmp_path):
   run = TrainConfig('new', 10, initial_checkpoint=f'{tmp_path}/checkpoint_7')
   abstract = jax.eval_shape(lambda: state)
   fresh = lambda: init_state(build_model(MODEL), optax.adam(1e-3), seed=4)
-  whole = initial_state(run, identity(MODEL), abstract, fresh)
+  whole, _ = initial_state(run, identity(MODEL), abstract, fresh)
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(state), strict=True):
     np.testing.assert_array_equal(a, b)
   run = dataclasses.replace(run, initial_state='params')
-  part = initial_state(run, identity(MODEL), abstract, fresh)
+  part, _ = initial_state(run, identity(MODEL), abstract, fresh)
   assert int(part.step) == 0
   for a, b in zip(jax.tree.leaves(part.params), jax.tree.leaves(state.params), strict=True):
     np.testing.assert_array_equal(a, b)

@@ -84,6 +84,13 @@ def rates(provider: seqio.Task | seqio.Mixture) -> dict[str, float]:
   return found
 
 
+def tasks_of(config: DataConfig) -> list[seqio.Task]:
+  """The tasks of a mixture, or the one task, that have the split."""
+  provider = find_provider(config.mixture_or_task_name)
+  tasks = getattr(provider, 'tasks', [provider])
+  return [task for task in tasks if config.split in task.splits]
+
+
 def signature(config: DataConfig) -> dict[str, object]:
   """What a saved position is only valid for. The batch size is not part: shards give rows."""
   fields = dataclasses.asdict(config)
@@ -184,8 +191,7 @@ class Shard:
 
   @property
   def _tasks(self) -> list[seqio.Task]:
-    tasks = getattr(self._provider, 'tasks', [self._provider])
-    return [task for task in tasks if self._config.split in task.splits]
+    return tasks_of(self._config)
 
   def _check_sharing(self) -> None:
     """Refuses sources that shards cannot share without reading each other's examples."""

@@ -213,13 +213,14 @@ def _parts(name: str, entry: bytes) -> tuple[int, list[list], bytes]:
 
 
 def plan_table(
-  programme: Programme, source_tokens: Mapping[str, float] | None = None
+  programme: Programme, source_tokens: Mapping[str, float] | None = None, more: int = 0
 ) -> list[dict[str, object]]:
   """Tokens and epochs by stage and source, to be read before a run starts.
 
   Args:
     programme: the stages.
     source_tokens: tokens of a task by name; else as its cache counted them, or as its source says.
+    more: positions that a run of one stage saw with another batch size beyond what its steps say.
 
   Returns:
     Rows {'stage', 'source', 'share', 'tokens', 'epochs'}; epochs is None where the size of the
@@ -232,7 +233,7 @@ def plan_table(
     rates = shard.rates(provider)
     total = sum(rates.values())
     for name, rate in rates.items():
-      tokens = stage.tokens * rate / total
+      tokens = (stage.tokens + (more if len(programme.stages) == 1 else 0)) * rate / total
       size = known.get(name) or _tokens_of_task(name, stage.data.split)
       epochs = tokens / size if size else None
       rows.append(

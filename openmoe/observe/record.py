@@ -119,18 +119,31 @@ def write_run_record(
     directory = epath.Path(model_dir)
     try:
       directory.mkdir(parents=True, exist_ok=True)
-      _write_config(directory, gin_config.encode(), start_step)
+      _write_config(directory, gin_config.encode(), start_step, note)
       _add_start(directory / STARTS, record, note)
     except (OSError, Unreadable) as error:
       note(f'What this run is could not be written down ({error}); training goes on.')
   return record
 
 
-def _write_config(directory: epath.Path, content: bytes, start_step: int) -> None:
+def _write_config(directory: epath.Path, content: bytes, start_step: int, note: Note) -> None:
   path = directory / CONFIG
   if path.exists() and (former := read_small(path, _LIMIT)) != content:
-    write_whole(_free(directory / f'config_until_{start_step}.gin'), former)
+    kept = _free(directory / f'config_until_{start_step}.gin')
+    write_whole(kept, former)
+    if new := _new_lines(former, content):
+      note(f'Configured otherwise than the start before ({kept.name}): {"; ".join(new)}.')
   write_whole(path, content)
+
+
+def _new_lines(former: bytes, content: bytes) -> list[str]:
+  """Settings that a configuration has and the former one has not; the first few."""
+  plain = lambda text: [
+    ' '.join(line.split()) for line in text.decode('utf-8', 'replace').split('\n')
+  ]
+  known = set(plain(former))
+  new = [line for line in plain(content) if line not in known and '=' in line]
+  return new[:8] + ([f'and {len(new) - 8} more'] if len(new) > 8 else [])
 
 
 def _add_start(path: epath.Path, record: Mapping[str, Any], note: Note) -> None:

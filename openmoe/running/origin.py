@@ -34,8 +34,8 @@ def initial_step(run: TrainConfig) -> int:
 
 def initial_state(
   run: TrainConfig, model: dict, abstract: TrainState, init: Callable[[], TrainState]
-) -> TrainState:
-  """The state that run.initial_checkpoint gives a new run; its data stream starts afresh.
+) -> tuple[TrainState, object]:
+  """(state, tokens it has seen) that run.initial_checkpoint gives; the data stream starts afresh.
 
   Args:
     model: identity() of the model.
@@ -50,7 +50,8 @@ def initial_state(
   source = Checkpointer(directory, 1, model, read_only=True)
   try:
     if run.initial_state is InitialState.ALL:
-      return source.restore(step, abstract)[0]
-    return init().replace(params=source.restore_params(step, abstract.params))
+      state, _, metadata = source.restore(step, abstract)
+      return state, metadata.get('tokens_seen')
+    return init().replace(params=source.restore_params(step, abstract.params)), 0
   finally:
     source.close()
