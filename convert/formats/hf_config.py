@@ -74,6 +74,7 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     'rope_theta': float(config.get('rope_theta', 10000.0)),
     'norm_epsilon': config.get('rms_norm_eps', 1e-6),
     'final_norm_epsilon': config.get('final_rms_norm_eps'),
+    'logit_z_weight': config.get('z_loss_factor', 1e-4),
   }
   found['model'] = computed
   if experts:
@@ -101,6 +102,12 @@ def kept(config: Mapping[str, Any]) -> dict[str, Any]:
   return {name: config[name] for name in names if name in config}
 
 
+def _is_numbers(value: Any) -> bool:
+  """Whether it is a count or a list of them."""
+  values = value if isinstance(value, list) else [value]
+  return all(type(one) is int and one >= 0 for one in values)
+
+
 def to_hf(
   config: ModelConfig, dtype: str, step: int | None, kept_fields: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -115,7 +122,9 @@ def to_hf(
     case Architecture.JETMOE:
       fields = hf_jetmoe.to_hf(config)
   fields |= {MODEL_FIELDS: model_fields(config)}
-  fields |= _TOKENS | {'dtype': dtype} | dict(kept_fields)
+  # What a checkpoint kept may come from anybody: token ids and lengths, never references to code.
+  kept_numbers = {name: kept_fields[name] for name in _KEPT if _is_numbers(kept_fields.get(name))}
+  fields |= _TOKENS | {'dtype': dtype} | kept_numbers
   return fields if step is None else fields | {'openmoe_step': step}
 
 
@@ -136,7 +145,7 @@ def _openmoe(config: ModelConfig) -> dict[str, Any]:
     'rope_theta': config.rope_theta,
     'tie_word_embeddings': False,
     'use_cache': True,
-    'z_loss_factor': 1e-4,
+    'z_loss_factor': config.logit_z_weight,
   }
   fields |= {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
   moe = config.moe

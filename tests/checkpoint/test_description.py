@@ -61,7 +61,7 @@ def test_every_field_comes_back():
     ({'model__num_layers': 4.0}, 'num_layers=4.0 must be a whole number'),
     ({'model__num_layers': -4}, 'num_layers=-4 must be a whole number'),
     ({'model__num_layers': 10**9}, 'num_layers=1000000000 must be a whole number from 0 to 4096'),
-    ({'model__num_heads': 0}, 'file: model: ModelConfig.num_heads=0 must be a positive number'),
+    ({'model__num_heads': 0}, 'ModelConfig.num_heads=0 must be a whole number of at least 1'),
     ({'model__norm_epsilon': 'small'}, "norm_epsilon='small' must be a finite number"),
     ({'model__norm_epsilon': float('nan')}, 'norm_epsilon=nan must be a finite number'),
     ({'model__rope_theta': 10**400}, 'rope_theta=1000.* must be a finite number'),
@@ -125,7 +125,9 @@ def test_checkpoints_of_before_there_were_descriptions():
 def test_the_vocabulary_is_found_by_its_content(tmp_path):
   run, elsewhere = tmp_path / 'run', tmp_path / 'spiece.model'
   record = described.vocabulary_record('sentencepiece', str(elsewhere), 300, b'pieces')
-  with pytest.raises(ConfigError, match='is neither at .*vocabulary_.*nor at .*spiece.model'):
+  with pytest.raises(
+    ConfigError, match='is neither at .*vocabulary_.*nor at .*test_the_vocabulary_is_found'
+  ):
     described.find_vocabulary(run, record)
   elsewhere.write_bytes(b'others')
   with pytest.raises(ConfigError, match='spiece.model is not the vocabulary that the checkpoint'):

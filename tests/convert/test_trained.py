@@ -135,6 +135,7 @@ COMPUTED = {
   'float32_attention': True,
   'remat': Remat.FULL,
   'vocab_block': 128,
+  'logit_z_weight': 0.5,
 }
 ROUTED = {
   'top_k': 3,
@@ -211,3 +212,10 @@ def test_moments_are_found_where_the_optimizer_puts_them(clip, state, tmp_path):
   t5x = convert(form, 't5x', tmp_path / 't5x', None, Options(optimizer=True))
   wi_0 = 'state/param_states/decoder/layers_1/mlp/expert/wi_0/kernel'
   assert find_form(t5x.path).tensors()[f'{wi_0}/v_row'].shape == (4, 32)
+
+
+def test_an_export_carries_no_references_to_code_of_others():
+  kept = {'auto_map': {'AutoConfig': 'evil.Config'}, 'eos_token_id': [2, 5], 'bos_token_id': 'x'}
+  fields = hf_config.to_hf(case.JETMOE, 'float32', None, kept)
+  assert 'auto_map' not in fields
+  assert (fields['eos_token_id'], fields['bos_token_id']) == ([2, 5], 0)
