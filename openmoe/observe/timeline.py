@@ -32,8 +32,10 @@ BACKGROUND = ('commit',)
 def process_age() -> float:
   """Seconds since this process began; 0 where that cannot be told."""
   try:
-    ticks = int(pathlib.Path('/proc/self/stat').read_text().rpartition(')')[2].split()[19])
-    up = float(pathlib.Path('/proc/uptime').read_text().split()[0])
+    ticks = int(
+      pathlib.Path('/proc/self/stat').read_text(encoding='utf-8').rpartition(')')[2].split()[19]
+    )
+    up = float(pathlib.Path('/proc/uptime').read_text(encoding='utf-8').split()[0])
   except OSError:
     return 0.0
   return max(0.0, up - ticks / os.sysconf('SC_CLK_TCK'))
