@@ -100,9 +100,13 @@ def signature(config: DataConfig) -> dict[str, object]:
   return fields
 
 
-def saved_config(position: bytes, tokens_per_step: int) -> DataConfig:
-  """What a saved position of a shard was made with, but for the batch size, which is no part."""
-  fields = position.read(position, 'The saved data position')[1]['signature']
+def saved_config(state: bytes, tokens_per_step: int) -> DataConfig:
+  """What a saved position of a shard was made with, but for the batch size, which is no part.
+
+  Raises:
+    ConfigError: the position is damaged.
+  """
+  fields = position.read(state, 'a shard')[1]['signature']
   try:
     fields = {key: value for key, value in fields.items() if key != 'rates'}
     batch_size = tokens_per_step // sum(fields['task_feature_lengths'].values())
