@@ -137,11 +137,12 @@ def _write_config(directory: epath.Path, content: bytes, start_step: int, note: 
 
 
 def _new_lines(former: bytes, content: bytes) -> list[str]:
-  """Settings that a configuration has and the former one has not; the first few."""
-  plain = lambda text: [
-    ' '.join(line.split()) for line in text.decode('utf-8', 'replace').split('\n')
-  ]
-  known = set(plain(former))
+  """Settings that a configuration has and the former one has not; none of a damaged one."""
+  plain = lambda text: [' '.join(line.split()) for line in text.decode('utf-8').split('\n')]
+  try:
+    known = set(plain(former))
+  except UnicodeDecodeError:
+    return []
   new = [line for line in plain(content) if line not in known and '=' in line]
   return new[:8] + ([f'and {len(new) - 8} more'] if len(new) > 8 else [])
 

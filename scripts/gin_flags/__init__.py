@@ -131,8 +131,8 @@ def bindings(function: str) -> dict:
   """
   try:
     return gin.get_bindings(function, resolve_references=True)
-  except ConfigError:
-    raise
+  except ConfigError as error:
+    raise hints.plain_words(error, _BINDINGS.value) from error
   except _ERRORS as error:
     if 'not supported between instances' in str(error) and _BINDINGS.value:
       given = ' '.join(f'--gin.{binding}' for binding in _BINDINGS.value)

@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from openmoe import config as config_lib
 from openmoe.config import ConfigError
@@ -134,6 +134,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
   known = sorted(known)
   near = difflib.get_close_matches(name.upper(), known, n=3, cutoff=0.5)
   return f'Did you mean {" or ".join(near)}?' if near else f'There are: {known}.'
+
+
+def plain_words(error: ConfigError, bindings: Sequence[str]) -> ConfigError:
+  """What a configuration refused, without gin's words behind it, and the flag that gave the value.
+
+  Args:
+    bindings: NAME=VALUE of the command line.
+  """
+  said = str(error).partition('\n  In call to configurable')[0]
+  value = re.search(r'\.\w+=(.+?) must be', said)
+  given = [b for b in bindings if value and b.partition('=')[2].strip() == value[1]]
+  found = ConfigError(
+    f'{said} It was given by --gin.{" or --gin.".join(given)}.' if given else said
+  )
+  found.exit_code = error.exit_code
+  return found
 
 
 def explain(error: BaseException, what: str = '') -> ConfigError:
