@@ -49,7 +49,7 @@ def _hint(a: Form, b: Form, row: Row) -> str:
 
 
 def _expert_digests(form: Form, row: Row) -> list[bytes]:
-  """Of every expert's values as float32, so that forms of different dtype compare."""
+  """Digest of every expert's values as float32, so that forms of different dtype compare."""
   digests = []
   for _, x in form.pieces(row):
     digests += [hashlib.sha256(as_bytes(w.astype(np.float32))).digest() for w in x]

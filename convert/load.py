@@ -16,8 +16,8 @@ from convert.core.forms import Form, fill
 from convert.core.names import Row, classifier_table, expected_shapes, name_table
 from convert.core.source import check_source, model_shapes
 from openmoe.config import ModelConfig
+from openmoe.models import abstract_params, empty_batch
 from openmoe.models.classifier import SequenceClassifier
-from openmoe.train_state import abstract_params, empty_batch
 from openmoe.types import PyTree
 
 

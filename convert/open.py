@@ -40,8 +40,8 @@ from openmoe.inference import chat
 from openmoe.inference.model import LanguageModel
 from openmoe.inference.placement import cast, expert_form, inference_mesh
 from openmoe.inference.tokenizer import TextTokenizer, byte_tokenizer
-from openmoe.models import unstack
-from openmoe.train_state import abstract_params
+from openmoe.models import abstract_params
+from openmoe.models.decoding import unstack
 from openmoe.types import PyTree
 
 DTYPES = ('float32', 'bfloat16')

@@ -31,9 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from openmoe.config import Architecture, ConfigError, Dispatch, ModelConfig
-from openmoe.models import build_model
+from openmoe.models import abstract_params, build_model
 from openmoe.models.common import group_shape
-from openmoe.train_state import abstract_params
 from openmoe.types import Batch, PyTree
 
 

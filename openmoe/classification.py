@@ -9,7 +9,7 @@ import optax
 
 from openmoe.config import ModelConfig
 from openmoe.losses import router_losses
-from openmoe.train_state import TrainState
+from openmoe.train_step import TrainState
 from openmoe.types import Array, Batch, PyTree
 
 
@@ -30,9 +30,9 @@ def classification_loss(
   """
   rngs = {'dropout': key} if train else {}
   out = model.apply({'params': params}, batch, train=train, rngs=rngs)
-  losses = optax.softmax_cross_entropy_with_integer_labels(out.logits_bc, labels_b)
+  losses = optax.softmax_cross_entropy_with_integer_labels(out.logits_bY, labels_b)
   parts = {'cross_entropy': jnp.mean(losses), **router_losses(out.router_stats, config.moe)}
-  accuracy = jnp.mean((jnp.argmax(out.logits_bc, axis=-1) == labels_b).astype(jnp.float32))
+  accuracy = jnp.mean((jnp.argmax(out.logits_bY, axis=-1) == labels_b).astype(jnp.float32))
   return sum(parts.values()), {**parts, 'accuracy': accuracy}
 
 

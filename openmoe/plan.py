@@ -21,15 +21,10 @@ from openmoe.config import (
   OptimizerConfig,
   TrainConfig,
 )
-from openmoe.optimizer import learning_rate, make_optimizer
+from openmoe.models import abstract_params
+from openmoe.optimizer import learning_rate
 from openmoe.programme import Programme, check_optimizers
-from openmoe.train_state import (
-  TrainState,
-  abstract_params,
-  active_params,
-  count_params,
-  state_shardings,
-)
+from openmoe.train_step import abstract_state, state_shardings
 from openmoe.types import PyTree
 
 
@@ -116,6 +111,41 @@ def check_batch(
     )
 
 
+def upstream_group_size(
+  num_tokens: int,
+  max_group_size: int,
+  num_experts: int,
+  *,
+  device_count: int,
+  num_expert_partitions: int,
+  num_model_partitions: int,
+) -> int:
+  """The group size that the original system takes on a given topology.
+
+  There the number of groups is a multiple of (expert replicas x experts), so results depend on
+  the devices; here group_size is explicit, and this function translates (flaxformer
+  moe_layers.py, `_num_groups`). num_tokens is that of the whole global microbatch.
+
+  Raises:
+    ConfigError: no number of groups divides the tokens (the original pads there).
+
+  >>> upstream_group_size(128 * 2048, 4096, 32, device_count=512,
+  ...                     num_expert_partitions=32, num_model_partitions=8)
+  4096
+  """
+  replicas = max(1, device_count // (num_expert_partitions * num_model_partitions))
+  unit = replicas * num_experts
+  if num_tokens % unit:
+    raise ConfigError(
+      f'{num_tokens} tokens do not divide into multiples of {replicas} replicas x {num_experts} '
+      f'experts = {unit} groups; the original would pad to {-(-num_tokens // unit) * unit}.'
+    )
+  groups = max(num_tokens // max_group_size, unit)
+  while num_tokens % groups or groups % unit:
+    groups += 1
+  return num_tokens // groups
+
+
 def programme_rate(
   programme: Programme, config: OptimizerConfig, total_steps: int
 ) -> optax.Schedule:
@@ -166,7 +196,7 @@ def flops_before(config: ModelConfig, programme: Programme, step: int) -> float:
 
 
 def _jetmoe_forward_flops(config: ModelConfig, length: int) -> float:
-  """Of one token: top_k query and output projections, top_k heads a key-value head."""
+  """Forward FLOPs of a token: top_k query and output projections, top_k heads a key-value head."""
   d, k, width = config.embed_dim, config.moe.top_k, config.num_heads * config.head_dim
   attention = 2 * (2 * k + 2) * d * width + k * 2 * 2 * (length / 2) * width
   mlp = 2 * k * 3 * d * config.mlp_dim
@@ -214,14 +244,6 @@ def _device_bytes(leaf, sharding: jax.sharding.NamedSharding) -> int:
 def _tree_bytes(tree: PyTree, shardings: PyTree) -> int:
   pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
   return sum(_device_bytes(leaf, sharding) for leaf, sharding in pairs)
-
-
-def abstract_state(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[TrainState, PyTree]:
-  """(TrainState of shapes, logical axes of the parameters); nothing is allocated."""
-  shapes, axes = abstract_params(model)
-  transform = make_optimizer(optimizer, axes, learning_rate(optimizer, 1))
-  opt_state = jax.eval_shape(transform.init, shapes)
-  return TrainState(jax.ShapeDtypeStruct((), 'int32'), shapes, opt_state), axes
 
 
 def make_plan(
@@ -283,3 +305,22 @@ def abstract_mesh(config: MeshConfig, device_count: int) -> jax.sharding.Abstrac
   return jax.sharding.AbstractMesh(
     shape, partitioning.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3
   )
+
+
+def count_params(tree: PyTree) -> int:
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def active_params(config: ModelConfig) -> int:
+  """Parameters a token goes through in the blocks: all but the experts it is not sent to.
+
+  Embedding and output layer are not counted (the convention of the paper's "activated").
+  """
+  shapes, axes = abstract_params(config)
+  blocks = jax.tree.leaves(shapes['decoder'])
+  names = jax.tree.leaves(axes['decoder'], is_leaf=lambda a: isinstance(a, tuple))
+  total = count_params(shapes['decoder_norm'])
+  for leaf, axis in zip(blocks, names, strict=True):
+    size = math.prod(leaf.shape)
+    total += size * config.moe.top_k // config.moe.num_experts if 'expert' in axis else size
+  return total

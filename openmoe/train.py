@@ -8,16 +8,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
-import enum
 import functools
-import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -42,92 +37,19 @@ from openmoe.observe.metrics import MetricsWriter
 from openmoe.observe.record import write_run_record
 from openmoe.observe.timeline import Timeline
 from openmoe.optimizer import learning_rate, make_optimizer
-from openmoe.plan import abstract_state, check, flops_before, programme_rate
+from openmoe.plan import check, flops_before, programme_rate
 from openmoe.programme import Programme, as_programme
 from openmoe.running.agreement import in_first
+from openmoe.running.context import Running
 from openmoe.running.lease import Lease
 from openmoe.running.metadata import RunMetadata, data_changed
+from openmoe.running.observation import record_step
 from openmoe.running.origin import initial_state, initial_step
+from openmoe.running.outcome import End, Result, why_ended
 from openmoe.running.signals import Signals
 from openmoe.running.stuck import wait_for_data
 from openmoe.running.validation import make_evaluation
-from openmoe.train_state import TrainState, init_state, state_shardings
-from openmoe.train_step import train_step
-from openmoe.types import Batch, PyTree
-
-
-class NonFiniteLoss(RuntimeError):
-  """Training diverged; the message names the step, the batch and the last good checkpoint."""
-
-  exit_code = 65
-
-
-class End(enum.Enum):
-  """Why a run made no further step."""
-
-  COMPLETE = 'complete'  # total_steps are done
-  STOPPED = 'stopped'  # by a signal; the same command continues
-  DATA = 'data'  # the training data ended first
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """How a run ended.
-
-  Attributes:
-    step: optimizer steps done.
-    end: why no step followed.
-    resumed_from: step it was restored at, None for a fresh start.
-    validation_loss: nats per target token, None without evaluation.
-    unigram_entropy: of the validation targets, nats; what knowing only frequencies would give.
-    params: the parameters, on the mesh.
-  """
-
-  step: int
-  end: End
-  resumed_from: int | None
-  validation_loss: float | None
-  unigram_entropy: float | None
-  params: PyTree
-
-  @property
-  def complete(self) -> bool:
-    """Whether all steps of the run are done."""
-    return self.end is End.COMPLETE
-
-
-@dataclasses.dataclass
-class Running:
-  """What the loop of a run works with; all of it is open, and closed by train().
-
-  Attributes:
-    run: see openmoe.config.
-    step: optimizer steps done.
-    state: after that step, on the mesh.
-    step_fn: (state, batch) -> (state, metrics); it takes the state's memory.
-    evaluate: params -> validation metrics; None when that is off.
-    describe: step -> what its checkpoint says of the run.
-  """
-
-  run: TrainConfig
-  step: int
-  state: TrainState
-  step_fn: Callable
-  feed: Feed
-  evaluate: Callable[[PyTree], dict[str, float]] | None
-  checkpointer: Checkpointer
-  describe: Callable[[int], dict]
-  writer: MetricsWriter
-  signals: Signals
-  lease: Lease
-  timeline: Timeline
-  batches: BatchRecords | None
-
-  @contextlib.contextmanager
-  def aside(self, phase: str) -> Iterator[None]:
-    """Time spent inside is of this phase, and no time of training."""
-    with self.timeline.inside(phase, self.step), self.writer.paused():
-      yield
+from openmoe.train_step import abstract_state, init_state, state_shardings, train_step
 
 
 def train(
@@ -196,9 +118,7 @@ def train(
       functools.partial(init_state, module, transform, run.seed), out_shardings=shardings
     )
     placed = jax.tree.map(
-      lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-      abstract,
-      shardings,
+      lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings
     )
     timeline.enter('restore', first)
     if start is not None:
@@ -216,18 +136,13 @@ def train(
 
     timeline.enter('data', first)
     evaluate = make_evaluation(run, model, module, eval_data, device_mesh)
+    fixed = {'model': module, 'config': model, 'optimizer': transform, 'schedule': schedule}
+    fixed |= {'num_microbatches': run.num_microbatches, 'seed': run.seed}
+    replicated = NamedSharding(device_mesh, PartitionSpec())
     step_fn = jax.jit(
-      functools.partial(
-        train_step,
-        model=module,
-        config=model,
-        optimizer=transform,
-        schedule=schedule,
-        num_microbatches=run.num_microbatches,
-        seed=run.seed,
-      ),
+      functools.partial(train_step, **fixed),
       donate_argnums=0,
-      out_shardings=(shardings, NamedSharding(device_mesh, PartitionSpec())),
+      out_shardings=(shardings, replicated),
     )
     writer = opened.enter_context(
       MetricsWriter(
@@ -249,20 +164,9 @@ def train(
     if run.record_batches:
       batches = opened.enter_context(BatchRecords(run.model_dir, first, writer.note))
     running = Running(
-      run,
-      first,
-      state,
-      step_fn,
-      feed,
-      evaluate,
-      checkpointer,
-      describe,
-      writer,
-      signals,
-      lease,
-      timeline,
-      batches,
-    )
+      run, first, state, step_fn, feed, evaluate, checkpointer, describe, writer, signals, lease,
+      timeline, batches,
+    )  # fmt: skip
     end = _loop(running)
     step = running.step
     validation = {}
@@ -273,20 +177,14 @@ def train(
     timeline.enter('save', step)
     checkpointer.wait()  # a signal still finds our handlers, so it cannot cost this save
     if end is not End.COMPLETE:
-      writer.note(_why_ended(run, end, step, programme))
+      writer.note(why_ended(run, end, step, programme))
   if jax.process_index() == 0 and step > 0:
     try:
       pictures.plot_run(run.model_dir)
     except (OSError, Unreadable) as error:
       logging.warning('The pictures of the run could not be drawn: %s', error)
-  return Result(
-    step,
-    end,
-    start,
-    validation.get('loss'),
-    validation.get('unigram_entropy'),
-    running.state.params,
-  )
+  loss, entropy = validation.get('loss'), validation.get('unigram_entropy')
+  return Result(step, end, start, loss, entropy, running.state.params)
 
 
 def _loop(at: Running) -> End:
@@ -298,7 +196,7 @@ def _loop(at: Running) -> End:
   def flush() -> None:
     while pending:
       step, metrics, batch = pending.popleft()
-      _record(at, step, jax.device_get(metrics), batch)
+      record_step(run, step, jax.device_get(metrics), batch, at.writer, at.checkpointer)
 
   def save(seconds: float = 60.0) -> None:
     at.lease.check()
@@ -342,52 +240,3 @@ def _loop(at: Running) -> End:
     if stop and at.step < run.total_steps:
       return End.STOPPED
   return End.COMPLETE
-
-
-def _why_ended(run: TrainConfig, end: End, step: int, programme: Programme) -> str:
-  """A sentence on a run that did not make all its steps."""
-  if end is End.STOPPED:
-    when = f'after step {step}' if step else 'before the first step'
-    return f'Stopped by a signal {when}; the same command continues.'
-  stage = programme.stages[programme.at(step)[0]]
-  return (
-    f'The data of stage {stage.name!r} ended after step {step} of {run.total_steps}, which is '
-    f'saved: num_epochs={stage.data.num_epochs} of {stage.data.mixture_or_task_name} gives no more '
-    f'batches. Set TRAIN_STEPS = {step}, or num_epochs = None to repeat the data, or give more.'
-  )
-
-
-def _record(at: Running, step: int, metrics: dict, batch: Batch) -> None:
-  """Writes one step's metrics when due; stops the run when they are not finite."""
-  scalars = {name: float(value) for name, value in metrics['scalars'].items()}
-  if not all(math.isfinite(scalars[name]) for name in ('loss', 'grad_norm')):
-    _diverged(at, step, scalars, batch)
-  router = metrics['router']
-  if router is not None:
-    loads_le = np.asarray(router.expert_load_e)
-    scalars['dropped_fraction'] = float(np.mean(router.dropped_fraction))
-    scalars['expert_usage'] = float(np.mean(router.expert_usage))
-    scalars['router_confidence'] = float(np.mean(router.router_confidence))
-    if step % at.run.router_period == 0:
-      at.writer.write_router(
-        step,
-        {'expert_load': loads_le, 'dropped_fraction': np.asarray(router.dropped_fraction)},
-      )
-  if step % at.run.log_period == 0 or step == at.run.total_steps:
-    at.writer.write(step, scalars)
-
-
-def _diverged(at: Running, step: int, scalars: dict, batch: Batch) -> None:
-  """Keeps the batch for inspection and raises NonFiniteLoss."""
-  name = f'nonfinite_step_{step}_process_{jax.process_index()}.npz'
-  path = os.path.join(at.run.model_dir, name)
-  if '://' in at.run.model_dir:
-    path = os.path.abspath(name)
-  np.savez(path, **{f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)})
-  saved = at.checkpointer.newest()
-  good = 'none was written' if saved is None else f'checkpoint_{saved}'
-  raise NonFiniteLoss(
-    f'Step {step}: loss {scalars["loss"]}, gradient norm {scalars["grad_norm"]}. Its batch is in '
-    f'{path}; the last good checkpoint: {good}. Start again with a lower learning rate, or look at '
-    f'the batch.'
-  )

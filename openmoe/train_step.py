@@ -1,16 +1,74 @@
-"""The training and evaluation steps: pure functions of (state, batch)."""
+"""The state of training, and the step: a pure function of (state, batch)."""
 
 from __future__ import annotations
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
-from openmoe.config import ModelConfig
+from openmoe import partitioning
+from openmoe.config import ModelConfig, OptimizerConfig
 from openmoe.losses import router_losses, token_loss
-from openmoe.train_state import TrainState
+from openmoe.microbatches import accumulate
+from openmoe.models import abstract_params, empty_batch
+from openmoe.optimizer import learning_rate, make_optimizer, optimizer_axes
 from openmoe.types import Array, Batch, PyTree
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that an optimizer step changes.
+
+  Attributes:
+    step: int32 scalar, optimizer steps done.
+    params: nested dict of float32 arrays.
+    opt_state: of the optimizer.
+  """
+
+  step: Array
+  params: PyTree
+  opt_state: PyTree
+
+
+def init_state(model: nn.Module, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+  """Step 0. A function of the seed alone: threefry keys, the same on every mesh."""
+  with partitioning.without_mesh():
+    variables = model.init(jax.random.key(seed), empty_batch(1, 8), train=False)
+  params = nn.unbox(variables['params'])
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def abstract_state(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[TrainState, PyTree]:
+  """(TrainState of shapes, logical axes of the parameters); nothing is allocated."""
+  shapes, axes = abstract_params(model)
+  transform = make_optimizer(optimizer, axes, learning_rate(optimizer, 1))
+  opt_state = jax.eval_shape(transform.init, shapes)
+  return TrainState(jax.ShapeDtypeStruct((), 'int32'), shapes, opt_state), axes
+
+
+def state_shardings(
+  mesh: jax.sharding.Mesh,
+  config: OptimizerConfig,
+  abstract: TrainState,
+  param_axes: PyTree,
+  fsdp: bool,
+) -> TrainState:
+  """NamedShardings of every array of the state."""
+  axes = TrainState(
+    step=(),
+    params=param_axes,
+    opt_state=optimizer_axes(config, abstract.opt_state, abstract.params, param_axes),
+  )
+  rules = partitioning.axis_rules(fsdp)
+  return jax.tree.map(
+    lambda leaf, names: jax.sharding.NamedSharding(
+      mesh, partitioning.logical_to_spec(names, rules)
+    ),
+    abstract,
+    axes,
+  )
 
 
 def loss_fn(
@@ -56,15 +114,6 @@ def loss_fn(
   return tokens.total + sum(routers.values()), {'scalars': scalars, 'router': stats}
 
 
-def microbatches(batch: Batch, count: int) -> Batch:
-  """[b, t] fields -> [count, b / count, t]; microbatch i takes rows i, i + count, ...
-
-  Strided and not contiguous: every device then finds all its rows of every microbatch at home.
-  """
-  split = lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-  return jax.tree.map(split, batch)
-
-
 def train_step(
   state: TrainState,
   batch: Batch,
@@ -97,7 +146,7 @@ def train_step(
   if num_microbatches == 1:
     (_, aux), grads = gradients(0, batch)
   else:
-    grads, aux = _accumulate(gradients, batch, num_microbatches)
+    grads, aux = accumulate(gradients, batch, num_microbatches)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   scalars = aux['scalars'] | {
@@ -109,35 +158,3 @@ def train_step(
   }
   new_state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
   return new_state, {'scalars': scalars, 'router': aux['router']}
-
-
-def _accumulate(gradients, batch: Batch, count: int) -> tuple[PyTree, dict]:
-  """Gradients and observations of the whole batch from its microbatches, one at a time."""
-  pieces = microbatches(batch, count)
-  part = lambda i: jax.tree.map(lambda x: x[i], pieces)
-  (_, aux_shape), grads_shape = jax.eval_shape(lambda: gradients(0, part(0)))
-  zeros = lambda tree: jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), tree)
-
-  def body(i, carry):
-    grads, aux = carry
-    (_, new_aux), new_grads = gradients(i, part(i))
-    add = lambda a, b: a + b.astype(jnp.float32)
-    return jax.tree.map(add, grads, new_grads), jax.tree.map(add, aux, new_aux)
-
-  start = (zeros(grads_shape), zeros(aux_shape))
-  grads, aux = jax.lax.fori_loop(0, count, body, start)
-  return grads, aux
-
-
-def eval_step(
-  params: PyTree, batch: Batch, *, model: nn.Module, config: ModelConfig
-) -> dict[str, Array]:
-  """Sums over one batch: 'cross_entropy', 'correct' and 'target_tokens'; eval capacity."""
-  key = jax.random.key(0)
-  one = jnp.ones((), jnp.float32)
-  _, aux = loss_fn(params, batch, one, key, model, config, False)
-  return {
-    'cross_entropy': aux['scalars']['cross_entropy'],
-    'correct': aux['scalars']['accuracy'],
-    'target_tokens': jnp.sum(batch.loss_weights),
-  }

@@ -12,7 +12,8 @@ Capitals are for what a computation makes of these:
   N tokens of all rows, flattened      R rows (token, choice), or of one expert's buffer
   M slots of a layout for experts      D devices of one axis        C chunks of rows
   I, O  input, output side of a kernel F both gate halves, 2f       Q queries, t * k
-  P prompts        W new (written) tokens        A continuations    Y classes
+  P prompts     S samples of each      W new (written) tokens
+  A continuations that are scored      Y classes
 
 So `x_btd` is [batch, length, embed] and `combine_weights_gtk` is
 [group, token of the group, choice].
@@ -82,7 +83,7 @@ class RouterStats:
     expert_load_e: float32 [e], share of all routed (token, choice) pairs each expert was chosen
       for, before drops; sums to 1.
     dropped_fraction: share of routed (token, choice) pairs that found no slot.
-    tokens_left_behind: share of tokens none of whose choices found a slot.
+    tokens_left_behind: share of routed tokens none of whose choices found a slot.
     expert_usage: share of capacity slots that are filled (1 for dropless).
     router_confidence: mean combine weight of the served pairs.
   """

@@ -34,7 +34,8 @@ from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.checkpoint.description import identity
 from openmoe.checkpoint.paths import step_of
 from openmoe.config import ConfigError, ModelConfig
-from openmoe.train_state import TrainState, abstract_params
+from openmoe.models import abstract_params
+from openmoe.train_step import TrainState
 from scripts import gin_flags
 
 _DENSE = flags.DEFINE_string('dense_checkpoint', None, 'RUN/checkpoint_STEP.', required=True)

@@ -18,15 +18,16 @@ from openmoe.config import (
   OptimizerConfig,
   TrainConfig,
 )
-from openmoe.plan import abstract_mesh, check, flops_per_token, make_plan
-from openmoe.programme import as_programme
-from openmoe.train_state import (
-  abstract_params,
+from openmoe.models import abstract_params, build_model, empty_batch
+from openmoe.plan import (
+  abstract_mesh,
   active_params,
-  build_model,
+  check,
   count_params,
-  empty_batch,
+  flops_per_token,
+  make_plan,
 )
+from openmoe.programme import as_programme
 from scripts import gin_flags
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -10,6 +10,7 @@ from openmoe import train as train_lib
 from openmoe.config import ConfigError
 from openmoe.feed import Feed
 from openmoe.observe.record import write_run_record
+from openmoe.running.observation import NonFiniteLoss
 from scripts import train as door
 from tests.run_case import arguments, child, corpus, curve, source_of
 
@@ -97,7 +98,7 @@ def test_divergence_names_a_checkpoint_of_this_directory(tmp_path):
   train_lib.train(**first)
   changes = {'initial_checkpoint': f'{tmp_path}/first/checkpoint_2', 'eval_period': 0}
   second = arguments(tmp_path / 'second', source, learning_rate=1e38, **changes)
-  with pytest.raises(train_lib.NonFiniteLoss, match='last good checkpoint: none was written'):
+  with pytest.raises(NonFiniteLoss, match='last good checkpoint: none was written'):
     train_lib.train(**second)
 
 

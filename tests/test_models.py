@@ -13,8 +13,8 @@ import numpy as np
 from openmoe.config import Dispatch, ModelConfig, MoEConfig
 from openmoe.inference.decode import inference_config
 from openmoe.layers.dense import packed_mask
+from openmoe.models import abstract_params, build_model, empty_batch
 from openmoe.models.openmoe import Residual, token_mask
-from openmoe.train_state import abstract_params, build_model, empty_batch
 from openmoe.types import Batch
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'parameter_tree.json'

@@ -26,7 +26,7 @@ from openmoe.models import build_model
 from openmoe.optimizer import learning_rate
 from openmoe.running.origin import initial_state
 from openmoe.train import train
-from openmoe.train_state import TrainState, init_state
+from openmoe.train_step import TrainState, init_state
 from tasks import chains
 
 MODEL = ModelConfig(

@@ -16,6 +16,7 @@ from openmoe.config import ConfigError, ModelConfig, MoEConfig, TrainConfig
 from openmoe.feed import Feed
 from openmoe.observe.metrics import read_records, read_router
 from openmoe.programme import Programme, Stage
+from openmoe.running.observation import NonFiniteLoss
 from tests.run_case import ROOT, arguments, corpus, curve, source_of
 
 
@@ -101,7 +102,7 @@ def test_a_complete_run_says_so(undisturbed, source):
 
 
 def test_divergence_names_step_batch_and_checkpoint(source, tmp_path):
-  with pytest.raises(train_lib.NonFiniteLoss) as error:
+  with pytest.raises(NonFiniteLoss) as error:
     train_lib.train(**arguments(tmp_path, source, learning_rate=1e38))
   text = str(error.value)
   assert 'Step ' in text

@@ -12,9 +12,11 @@ import pytest
 
 from openmoe import partitioning
 from openmoe.config import Dispatch, MeshConfig, OptimizerConfig
+from openmoe.microbatches import microbatches
+from openmoe.models import abstract_params, build_model
 from openmoe.optimizer import learning_rate, make_optimizer
-from openmoe.train_state import abstract_params, build_model, init_state, state_shardings
-from openmoe.train_step import eval_step, microbatches, train_step
+from openmoe.running.validation import eval_step
+from openmoe.train_step import init_state, state_shardings, train_step
 from openmoe.types import Batch
 from tests.test_models import small
 

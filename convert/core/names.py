@@ -61,7 +61,7 @@ class Row:
 
   @property
   def name(self) -> str:
-    """Of this row alone: the PyTorch name, with the part where there are several."""
+    """Name of this row alone: the PyTorch one, with the part where there are several."""
     number, count = self.part
     return self.hf if count == 1 else f'{self.hf}[{number} of {count}]'
 

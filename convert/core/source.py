@@ -17,7 +17,7 @@ from convert.formats.ours import OursForm, is_ours
 from convert.formats.t5x import T5xForm, is_t5x
 from openmoe.checkpoint.paths import step_of
 from openmoe.config import ModelConfig
-from openmoe.train_state import abstract_params
+from openmoe.models import abstract_params
 
 # Kind -> what reads it, how its directory is told, and what that looks for.
 _KINDS = {

@@ -71,7 +71,7 @@ class Stored:
     return self.read(0, self.rows).reshape(self.shape)
 
   def sha256(self) -> str:
-    """Of the bytes in C order, as stored."""
+    """Digest of the bytes in C order, as stored."""
     digest = hashlib.sha256()
     for _, x in self.pieces():
       digest.update(as_bytes(x))

@@ -170,7 +170,10 @@ class T5xForm(Form):
           yield f'{path}: chunk {chunk} is missing'
 
   def model(self) -> ModelConfig | None:
-    """Of the receipt of the export that made this checkpoint: t5x's own files tell no model."""
+    """The model of the export that made this checkpoint, from its receipt.
+
+    t5x's own files tell no model.
+    """
     receipt = self.receipt()
     if receipt is None or 'model' not in receipt:
       return None

@@ -34,7 +34,7 @@ from .experts_openmoe import (
 
 @dataclasses.dataclass
 class OpenMoeModelOutput(ModelOutput):
-  """Of the decoder: hidden states, cache, and router logits [tokens, experts] by sparse layer.
+  """Output of the decoder: hidden states, cache, router logits [tokens, experts] by sparse layer.
 
   token_mask is bool [batch, length], False on padding; None where there is none.
   """
@@ -49,7 +49,7 @@ class OpenMoeModelOutput(ModelOutput):
 
 @dataclasses.dataclass
 class OpenMoeCausalLMOutput(ModelOutput):
-  """Of the language model. `loss` is the weighted sum of the four that follow.
+  """Output of the language model. `loss` is the weighted sum of the four that follow.
 
   cross_entropy and logit_z_loss are means over labels; load_balance_loss (top-k at perfect
   balance) and router_z_loss are means over sparse layers.

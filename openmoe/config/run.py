@@ -6,7 +6,7 @@ import dataclasses
 import enum
 from collections.abc import Mapping
 
-from openmoe.config.step import require, set_enum, switches, whole
+from openmoe.config.step import check_fields, require
 
 
 class InitialState(enum.Enum):
@@ -47,11 +47,7 @@ class DataConfig:
   num_epochs: int | None = None
 
   def __post_init__(self):
-    whole(self, 'batch_size', 'num_shards')
-    whole(self, 'seed', least=0)
-    switches(self, 'shuffle', 'pack', 'use_cached')
-    if self.num_epochs is not None:
-      whole(self, 'num_epochs')
+    check_fields(self, zero=('seed',))
     lengths = dict(self.task_feature_lengths)
     require(
       'targets' in lengths and set(lengths) <= {'inputs', 'targets'},
@@ -120,9 +116,5 @@ class TrainConfig:
   sample_tokens: int = 48
 
   def __post_init__(self):
-    set_enum(self, 'initial_state', InitialState)
-    whole(self, 'total_steps', 'num_microbatches', 'checkpoint_period', 'keep_checkpoints')
-    whole(self, 'log_period', 'router_period')
-    whole(self, 'seed', 'eval_period', 'eval_steps', 'sample_tokens', least=0)
-    switches(self, 'allow_data_change', 'record_batches')
+    check_fields(self, zero=('seed', 'eval_period', 'eval_steps', 'sample_tokens'))
     require(bool(self.model_dir), 'TrainConfig.model_dir is empty; set MODEL_DIR.')

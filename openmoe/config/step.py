@@ -10,7 +10,8 @@ import dataclasses
 import difflib
 import enum
 import math
-from collections.abc import Callable
+import typing
+from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
@@ -98,58 +99,46 @@ def require(condition: bool, message: str) -> None:
     raise ConfigError(message)
 
 
-_RANGES: dict[str, Callable[[float], bool]] = {
-  'a positive number': lambda value: value > 0,
-  'a number of at least 0': lambda value: value >= 0,
-  'in [0, 1)': lambda value: 0 <= value < 1,
-}
-POSITIVE, AT_LEAST_0, SHARE = _RANGES
+def check_fields(obj: object, zero: Sequence[str] = (), shares: Sequence[str] = ()) -> None:
+  """Checks every field of a configuration by its annotation, and widens text to enums.
 
+  An int is a whole number of at least 1 (4.0, 1e2 and True are none), a float a finite number
+  above 0, a bool True or False (text would count as True), an enum a member or its value.
 
-def number(obj: object, rule: str, *fields: str) -> None:
-  """Refuses what is no finite number in a range.
+  Args:
+    zero: numbers that may be 0.
+    shares: floats that are in [0, 1).
 
   Raises:
     ConfigError: naming the field, its value and the rule.
   """
-  for name in fields:
-    value = getattr(obj, name)
+  for name, kind in typing.get_type_hints(type(obj)).items():
+    value, label, near = getattr(obj, name), f'{type(obj).__name__}.{name}', ''
+    if type(None) in typing.get_args(kind):
+      if value is None:
+        continue
+      kind = typing.get_args(kind)[0]
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(
-      is_number and abs(value) < math.inf and _RANGES[rule](value),
-      f'{type(obj).__name__}.{name}={value!r} must be {rule}.',
-    )
-
-
-def whole(obj: object, *fields: str, least: int = 1) -> None:
-  """Refuses counts that are not whole numbers: 4.0, 1e2 and True are none.
-
-  Raises:
-    ConfigError: naming the field, its value, the rule and what to write.
-  """
-  for name in fields:
-    value = getattr(obj, name)
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    near = f'; write {int(value)}' if isinstance(value, float) and value.is_integer() else ''
-    require(
-      is_whole and value >= least,
-      f'{type(obj).__name__}.{name}={value!r} must be a whole number of at least {least}{near}.',
-    )
-
-
-def switches(obj: object, *fields: str) -> None:
-  """Refuses what is not True or False; text would count as True."""
-  for name in fields:
-    value = getattr(obj, name)
-    require(
-      isinstance(value, bool), f'{type(obj).__name__}.{name}={value!r} must be True or False.'
-    )
-
-
-def set_enum(obj: object, field: str, kind: type[enum.Enum]) -> None:
-  # Frozen dataclasses accept gin's plain strings; this is the one place that widens them.
-  label = f'{type(obj).__name__}.{field}'
-  object.__setattr__(obj, field, parse_enum(kind, getattr(obj, field), label))
+    finite = is_number and abs(value) < math.inf  # NaN is not
+    if isinstance(kind, enum.EnumType):
+      object.__setattr__(obj, name, parse_enum(kind, value, label))
+      continue
+    if kind is bool:
+      right, rule = isinstance(value, bool), 'True or False'
+    elif kind is int:
+      least = 0 if name in zero else 1
+      right = finite and isinstance(value, int) and value >= least
+      rule = f'a whole number of at least {least}'
+      near = f'; write {int(value)}' if finite and least <= value == int(value) else ''
+    elif kind is float and name in shares:
+      right, rule = finite and 0 <= value < 1, 'in [0, 1)'
+    elif kind is float and name in zero:
+      right, rule = finite and value >= 0, 'a number of at least 0'
+    elif kind is float:
+      right, rule = finite and value > 0, 'a positive number'
+    else:
+      continue
+    require(right, f'{label}={value!r} must be {rule}{near}.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +149,7 @@ class MoEConfig:
     num_experts: experts per sparse layer (E).
     top_k: experts per token.
     group_size: tokens that compete for the same slots; groups are contiguous runs of the
-      flattened (row, position) tokens. See router.upstream_group_size for the value the original
+      flattened (row, position) tokens. See plan.upstream_group_size for the value the original
       system would have taken from its device count.
     capacity_factor, eval_capacity_factor: slots per token and expert, see expert_capacity.
     min_expert_capacity: lower bound of the slots.
@@ -191,15 +180,7 @@ class MoEConfig:
   dispatch: Dispatch = Dispatch.SCATTER
 
   def __post_init__(self):
-    set_enum(self, 'capacity_convention', CapacityConvention)
-    set_enum(self, 'router_order', RouterOrder)
-    set_enum(self, 'router_loss', RouterLoss)
-    set_enum(self, 'dispatch', Dispatch)
-    whole(self, 'num_experts', 'top_k', 'group_size', 'min_expert_capacity')
-    number(self, POSITIVE, 'capacity_factor', 'eval_capacity_factor', 'router_init_std')
-    number(self, AT_LEAST_0, 'load_balance_weight', 'router_z_weight')
-    number(self, SHARE, 'jitter_noise')
-    switches(self, 'ignore_padding')
+    check_fields(self, zero=('load_balance_weight', 'router_z_weight'), shares=('jitter_noise',))
     require(
       self.top_k <= self.num_experts,
       f'MoEConfig.top_k={self.top_k} is more than num_experts={self.num_experts}; lower top_k.',
@@ -259,17 +240,7 @@ class ModelConfig:
   architecture: Architecture = Architecture.OPENMOE
 
   def __post_init__(self):
-    set_enum(self, 'remat', Remat)
-    set_enum(self, 'architecture', Architecture)
-    whole(self, 'vocab_size', 'num_layers', 'embed_dim', 'mlp_dim', 'num_heads', 'head_dim')
-    whole(self, 'vocab_block')
-    whole(self, 'num_sparse_layers', least=0)
-    number(self, POSITIVE, 'init_scale', 'init_std', 'rope_theta', 'norm_epsilon')
-    if self.final_norm_epsilon is not None:
-      number(self, POSITIVE, 'final_norm_epsilon')
-    number(self, AT_LEAST_0, 'logit_z_weight')
-    number(self, SHARE, 'dropout_rate')
-    switches(self, 'float32_attention')
+    check_fields(self, zero=('num_sparse_layers', 'logit_z_weight'), shares=('dropout_rate',))
     require(self.head_dim % 2 == 0, f'head_dim={self.head_dim} must be even for rotary halves.')
     require(
       self.dtype in ('bfloat16', 'float32', 'float64'),
@@ -347,15 +318,8 @@ class OptimizerConfig:
   weight_decay: float = 0.1
 
   def __post_init__(self):
-    set_enum(self, 'name', OptimizerName)
-    set_enum(self, 'schedule', Schedule)
-    whole(self, 'min_dim_size_to_factor')
-    whole(self, 'warmup_steps', 'decay_steps', least=0)
-    number(self, POSITIVE, 'learning_rate', 'decay_rate')
-    number(self, AT_LEAST_0, 'final_fraction', 'eps', 'weight_decay')
-    number(self, SHARE, 'b1', 'b2')
-    if self.clip_global_norm is not None:
-      number(self, POSITIVE, 'clip_global_norm')
+    zero = ('warmup_steps', 'decay_steps', 'final_fraction', 'eps', 'weight_decay')
+    check_fields(self, zero, shares=('b1', 'b2'))
     require(
       self.schedule is not Schedule.RSQRT or self.warmup_steps > 0,
       'The rsqrt schedule needs warmup_steps > 0: it is base / sqrt(max(step, warmup_steps)).',
@@ -382,5 +346,4 @@ class MeshConfig:
   fsdp: bool = False
 
   def __post_init__(self):
-    whole(self, 'num_expert_partitions', 'num_model_partitions')
-    switches(self, 'fsdp')
+    check_fields(self)

@@ -5,7 +5,7 @@ with the memory of one block and one document; `released_groups` does what the o
 documents at a time, no separator, long documents cut down to one random block). The choice of what
 a block becomes is ul2.py's and language_model.py's.
 
-A document is {'targets': int32 [n]} and, where the source knows it, 'document_id': int64 [].
+A document is {'targets': int32 [t]} and, where the source knows it, 'document_id': int64 [].
 """
 
 from __future__ import annotations

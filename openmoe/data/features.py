@@ -23,8 +23,8 @@ class Example:
   """One example of a task, before packing.
 
   Attributes:
-    inputs: int32 [n], may be empty.
-    targets: int32 [m].
+    inputs: int32 [t], may be empty.
+    targets: int32 [t].
     source: the task's label, '' when it was not asked for.
     documents: ids of the documents of its first and last token; -1 unknown.
     objective: index of the denoiser; -1 unknown.

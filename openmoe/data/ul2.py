@@ -148,7 +148,7 @@ def ul2_objective(
   """Examples {'inputs', 'targets'} of the denoiser mixture, from tokenised documents.
 
   Args:
-    dataset: {'targets': int32 [n]}, optionally 'document_id': int64 [].
+    dataset: {'targets': int32 [t]}, optionally 'document_id': int64 [].
     sequence_length: {'inputs', 'targets'}; what either may hold, EOS and prefix included (fixed).
     output_features: their vocabulary gives the sentinels, EOS and the prefix tokens.
     mode: see the module's text.

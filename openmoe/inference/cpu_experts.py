@@ -105,7 +105,7 @@ def at_expert(fn: Callable, weights: PyTree, expert: Array, *args):
 def run_experts(
   compute: Compute, x: Array, weights: PyTree, routing: Routing, plan: ExpertPlan
 ) -> Array:
-  """As exchange.through_experts, which it leaves alone where routing has a capacity.
+  """Takes the place of exchange.through_experts; with a capacity it changes nothing.
 
   Args:
     weights: leaves are stacks or PerExpert, all of one kind.
@@ -183,7 +183,7 @@ def _move(
 
 
 def _one_token(rows: _Rows) -> Array:
-  """Its k experts one after the other."""
+  """One token through its k experts, one after the other."""
   k = rows.expert_Nk.shape[1]
   at = lambda x, choice: jax.lax.dynamic_index_in_dim(x, choice, axis=1, keepdims=False)
 

@@ -22,7 +22,9 @@ import numpy as np
 from openmoe import partitioning
 from openmoe.config import ConfigError, Dispatch, ModelConfig
 from openmoe.inference.cpu_experts import run_experts
-from openmoe.models import Cache, build_model, init_decode_cache
+from openmoe.models import build_model
+from openmoe.models.common import Cache
+from openmoe.models.decoding import init_decode_cache
 from openmoe.types import Array, PyTree, RouterStats
 
 
@@ -149,8 +151,8 @@ class State:
     cache: of all layers, `prompt_slots` slots for prompts and one for every new token.
     length_b: int32 tokens of each prompt.
     key_b: random keys of the rows.
-    tokens_bn: int32 new tokens; 0 where there is none.
-    log_probs_bn: float32 natural logarithms of their probabilities, temperature aside.
+    tokens_bW: int32 new tokens; 0 where there is none.
+    log_probs_bW: float32 natural logarithms of their probabilities, temperature aside.
     done_b: rows that chose EOS, or that somebody marked.
     step: int32 scalar, new tokens so far.
     drops: what routing with capacity dropped so far.
@@ -160,8 +162,8 @@ class State:
   cache: Cache
   length_b: Array
   key_b: Array
-  tokens_bn: Array
-  log_probs_bn: Array
+  tokens_bW: Array
+  log_probs_bW: Array
   done_b: Array
   step: Array
   drops: Drops
@@ -221,12 +223,12 @@ def _choose(
   token_b = sample(logits_bv, program, temperature, top_p, key_b)
   log_prob_b = jnp.take_along_axis(logits_bv, token_b[:, None], axis=1)[:, 0]
   log_prob_b -= jax.nn.logsumexp(logits_bv, axis=-1)
-  put = lambda x_bn, new_b: jax.lax.dynamic_update_slice_in_dim(
-    x_bn, jnp.where(state.done_b, 0, new_b)[:, None], state.step, axis=1
+  put = lambda x_bW, new_b: jax.lax.dynamic_update_slice_in_dim(
+    x_bW, jnp.where(state.done_b, 0, new_b)[:, None], state.step, axis=1
   )
   return state.replace(
-    tokens_bn=put(state.tokens_bn, token_b),
-    log_probs_bn=put(state.log_probs_bn, log_prob_b),
+    tokens_bW=put(state.tokens_bW, token_b),
+    log_probs_bW=put(state.log_probs_bW, log_prob_b),
     done_b=state.done_b | jnp.isin(token_b, np.asarray(eos_ids, np.int32)),
     step=state.step + 1,
   )
@@ -234,13 +236,13 @@ def _choose(
 
 def _loop(params, config, state: State, limit, program, temperature, top_p, eos_ids) -> State:
   """Steps until `limit` tokens are there or every row is done."""
-  t, n = state.prompt_slots, state.tokens_bn.shape[1]
+  t, n = state.prompt_slots, state.tokens_bW.shape[1]
   slot_s = jnp.arange(t + n)
   model = decoder(config, state.length_b.shape[0])
 
   def body(state: State) -> State:
     last = state.step - 1  # of the token that is fed
-    token_b1 = jax.lax.dynamic_slice_in_dim(state.tokens_bn, last, 1, axis=1)
+    token_b1 = jax.lax.dynamic_slice_in_dim(state.tokens_bW, last, 1, axis=1)
     position_b1 = jnp.where(state.done_b, -1, state.length_b + last)[:, None]
     new_s = (slot_s >= t) & (slot_s <= t + last)
     mask_b1s = ((slot_s < state.length_b[:, None]) | new_s)[:, None]
@@ -260,7 +262,7 @@ def _loop(params, config, state: State, limit, program, temperature, top_p, eos_
 def _readable(state: State) -> State:
   """What the host looks at lies whole on every device."""
   whole = lambda x: partitioning.shard(x, (None,) * x.ndim)
-  fields = ('tokens_bn', 'log_probs_bn', 'done_b', 'step', 'drops')
+  fields = ('tokens_bW', 'log_probs_bW', 'done_b', 'step', 'drops')
   return state.replace(**{f: jax.tree.map(whole, getattr(state, f)) for f in fields})
 
 
@@ -270,8 +272,8 @@ _STATIC = ('config', 'program', 'eos_ids')
 @partial(jax.jit, static_argnames=(*_STATIC, 'samples', 'max_new'))
 def start(
   params: PyTree,
-  tokens_pt: Array,
-  length_p: Array,
+  tokens_Pt: Array,
+  length_P: Array,
   key_b: Array,
   done_b: Array,
   limit: Array,
@@ -287,27 +289,27 @@ def start(
   """Reads p prompts once and continues each `samples` times, b = p * samples rows.
 
   Args:
-    params: as models.unstack gives them.
-    tokens_pt, length_p: prompts, padded on the right, and their lengths.
+    params: as decoding.unstack gives them.
+    tokens_Pt, length_P: prompts, padded on the right, and their lengths.
     key_b, done_b: of the rows; those of a prompt are neighbours.
     limit: new tokens after which to return, at least 1.
     max_new: new tokens that there is room for.
     program, temperature, top_p: see Sampling.
     eos_ids: tokens that end a text.
   """
-  read = prefill(params, config, tokens_pt, length_p, max_new)
+  read = prefill(params, config, tokens_Pt, length_P, max_new)
   repeat = lambda x: jnp.repeat(x, samples, axis=0) if samples > 1 else x
   b = key_b.shape[0]
   state = State(
     cache=jax.tree.map(repeat, read.cache),
-    length_b=repeat(length_p),
+    length_b=repeat(length_P),
     key_b=key_b,
-    tokens_bn=jnp.zeros((b, max_new), jnp.int32),
-    log_probs_bn=jnp.zeros((b, max_new), jnp.float32),
+    tokens_bW=jnp.zeros((b, max_new), jnp.int32),
+    log_probs_bW=jnp.zeros((b, max_new), jnp.float32),
     done_b=done_b,
     step=jnp.zeros((), jnp.int32),
     drops=read.drops,
-    prompt_slots=tokens_pt.shape[1],
+    prompt_slots=tokens_Pt.shape[1],
   )
   logits_bv = repeat(output_logits(read.hidden_bd, read.kernel_dv))
   state = _choose(state, logits_bv, program, temperature, top_p, eos_ids)

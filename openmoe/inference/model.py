@@ -27,7 +27,7 @@ from openmoe.inference.decode import Drops, Sampling, bucket, inference_config
 from openmoe.inference.placement import cast, expert_form, fingerprint, turn_experts
 from openmoe.inference.rows import Generation, Rows
 from openmoe.inference.scoring import score
-from openmoe.models import unstack
+from openmoe.models.decoding import unstack
 from openmoe.types import PyTree
 
 BATCH_TOKENS = 1 << 15  # slots of a batch, prompts and continuations
@@ -50,7 +50,7 @@ class TextVocabulary(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """Of one continuation.
+  """How probable one continuation is.
 
   Attributes:
     log_prob: sum over its tokens, natural logarithm.
@@ -85,7 +85,7 @@ class LanguageModel:
   Args:
     config: of the model; its dtype is that of activations.
     params: the scanned tree of training, float32, on the mesh if there is one; or, when
-      `unstacked`, as models.unstack gives it.
+      `unstacked`, as decoding.unstack gives it.
     vocabulary: of text.
     start_id: token that begins every sequence; the model adds it.
     max_length: tokens of a sequence, prompt and continuation together.
@@ -257,13 +257,13 @@ class LanguageModel:
     width = 1 if longest == 1 else 1 + bucket(longest - 1, least=8)
     rows = self._row_count(len(requests))
     targets, counts = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
-    context_r = np.zeros(rows, np.int32)
+    context_A = np.zeros(rows, np.int32)
     for r, (context, continuation) in enumerate(requests):
       targets[r, : len(continuation)] = continuation
-      counts[r], context_r[r] = len(continuation), index[tuple(context)]
+      counts[r], context_A[r] = len(continuation), index[tuple(context)]
     with self._on_mesh():
-      out = score(self.params, tokens, lengths, context_r, targets, counts, config=self.config)
-      log_probs, greedy = np.asarray(out.log_probs_rn), np.asarray(out.greedy_rn)
+      out = score(self.params, tokens, lengths, context_A, targets, counts, config=self.config)
+      log_probs, greedy = np.asarray(out.log_probs_AW), np.asarray(out.greedy_AW)
     self._note_drops(out.drops)
     for (_, continuation), p, g in zip(requests, log_probs, greedy, strict=False):
       n = len(continuation)

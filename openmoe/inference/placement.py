@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from openmoe import partitioning
 from openmoe.config import MeshConfig, ModelConfig
 from openmoe.inference.cpu_experts import PerExpert, is_split
-from openmoe.models import gives_embeddings, is_expert_kernel
+from openmoe.models.decoding import gives_embeddings, is_expert_kernel
 from openmoe.plan import check_divisible
 from openmoe.types import PyTree
 
@@ -54,7 +54,7 @@ def inference_mesh(
 def expert_form(
   config: ModelConfig, mesh: jax.sharding.Mesh | None, capacity: bool
 ) -> Callable[[str, jax.Array], PerExpert] | None:
-  """Form of experts' kernels for models.unstack here: an array for every expert on CPUs."""
+  """Form of experts' kernels for decoding.unstack here: an array for every expert on CPUs."""
   whole = mesh is None or mesh.shape[partitioning.EXPERT] == 1
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
   if device.platform != 'cpu' or not whole or capacity:
@@ -66,7 +66,7 @@ def turn_experts(params: PyTree) -> PyTree:
   """Turns all experts of every kernel as well, if they are split and the copies stay small.
 
   Args:
-    params: as models.unstack gives them, of one device.
+    params: as decoding.unstack gives them, of one device.
   """
   leaves = jax.tree.leaves(params, is_leaf=is_split)
   if sum(x.nbytes for leaf in leaves if is_split(leaf) for x in leaf.arrays) > TURNED_BYTES:

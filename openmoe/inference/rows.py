@@ -47,18 +47,18 @@ class Rows:
 
   Args:
     prompts: token ids, without the token that begins a sequence.
-    seeds_ps: uint32 [prompts, samples] of the draws.
+    seeds_PS: uint32 [prompts, samples] of the draws.
     model: a LanguageModel.
   """
 
-  def __init__(self, prompts, seeds_ps: np.ndarray, model: Any):
+  def __init__(self, prompts, seeds_PS: np.ndarray, model: Any):
     self._model, self._prompts = model, len(prompts)
     self._tokens, self._lengths = model._padded([[model.start_id, *p] for p in prompts])
-    self._samples = seeds_ps.shape[1]
+    self._samples = seeds_PS.shape[1]
     self._tails = [p[-CONTEXT_TOKENS:] for p in prompts]
     self._limits = np.zeros(0, np.int64)  # most new tokens of each row
     padded = np.zeros((len(self._tokens), self._samples), np.uint32)
-    padded[: len(prompts)] = seeds_ps
+    padded[: len(prompts)] = seeds_PS
     self._seeds = padded.reshape(-1)
     self._known = [0] * self._seeds.size  # tokens of a row that hold no stop string
     self._ends: dict[int, tuple[str, int]] = {}  # row -> (text, tokens) where it was stopped
@@ -107,15 +107,15 @@ class Rows:
         state = state.replace(done_b=jnp.asarray(done))
         state = extend(model.params, state, np.int32(limit), *values, **fixed)
     model._note_drops(state.drops)
-    tokens, log_probs = np.asarray(state.tokens_bn), np.asarray(state.log_probs_bn)
+    tokens, log_probs = np.asarray(state.tokens_bW), np.asarray(state.log_probs_bW)
     one = lambda row: self._result(row, tokens[row], log_probs[row], int(state.step))
     rows = range(self._prompts * self._samples)
     found = [one(row) for row in rows]
     return [found[i : i + self._samples] for i in range(0, len(found), self._samples)]
 
-  def _own(self, row: int, tokens_n: np.ndarray, step: int) -> tuple[list[int], bool]:
+  def _own(self, row: int, tokens_W: np.ndarray, step: int) -> tuple[list[int], bool]:
     """A row's tokens before EOS and inside its room, and whether EOS came."""
-    ids = tokens_n[: min(step, self._limits[row])].tolist()
+    ids = tokens_W[: min(step, self._limits[row])].tolist()
     end = next((i for i, token in enumerate(ids) if token in self._model.eos_ids), None)
     return (ids, False) if end is None else (ids[:end], True)
 
@@ -134,7 +134,7 @@ class Rows:
 
   def _look_for(self, stop: tuple[str, ...], state: State, done: np.ndarray) -> None:
     """Ends rows whose text holds a stop string, at the token that completed it."""
-    tokens = np.asarray(state.tokens_bn)
+    tokens = np.asarray(state.tokens_bW)
     for row in range(self._prompts * self._samples):
       if row in self._ends:
         continue
@@ -151,7 +151,7 @@ class Rows:
 
   def _show(self, state: State, done, stop, shown: str, show) -> str:
     """Passes on what is certain of the text, returns all that was passed on."""
-    ids, _ = self._own(0, np.asarray(state.tokens_bn)[0], int(state.step))
+    ids, _ = self._own(0, np.asarray(state.tokens_bW)[0], int(state.step))
     if not done[0]:
       # A run of byte tokens may still change as a whole, and letters of a stop string may be on
       # their way.
@@ -170,17 +170,17 @@ class Rows:
       show(new)
     return text
 
-  def _result(self, row: int, tokens_n, log_probs_n, step: int) -> Generation:
-    ids, ended = self._own(row, tokens_n, step)
+  def _result(self, row: int, tokens_W, log_probs_W, step: int) -> Generation:
+    ids, ended = self._own(row, tokens_W, step)
     finish = 'eos' if ended else 'length'
     if row in self._ends:
       text, count = self._ends[row]
       ids, finish = ids[:count], 'stop'
     else:
       text = self._text(row, ids)
-    if not np.isfinite(log_probs_n[: len(ids)]).all():
+    if not np.isfinite(log_probs_W[: len(ids)]).all():
       raise ConfigError(
         f'{self._model.name} gives logits that are not finite: its weights are not those of a '
         'model that works. `python -m convert fsck` says which tensors are damaged.'
       )
-    return Generation(text, tuple(ids), tuple(log_probs_n[: len(ids)].tolist()), finish)
+    return Generation(text, tuple(ids), tuple(log_probs_W[: len(ids)].tolist()), finish)

@@ -18,54 +18,54 @@ LOGITS = 1 << 27  # numbers of a block of logits; with a large vocabulary all wo
 
 @flax.struct.dataclass
 class Scores:
-  """Of r continuations of up to n tokens; 0 and False behind the end of shorter ones.
+  """Scores of A continuations of up to W tokens; 0 and False behind the end of shorter ones.
 
   Attributes:
-    log_probs_rn: float32 natural logarithms.
-    greedy_rn: bool, the token has the largest logit.
+    log_probs_AW: float32 natural logarithms.
+    greedy_AW: bool, the token has the largest logit.
     drops: what routing with capacity dropped.
   """
 
-  log_probs_rn: Array
-  greedy_rn: Array
+  log_probs_AW: Array
+  greedy_AW: Array
   drops: Drops
 
 
 def _continued(
-  params: PyTree, config: ModelConfig, cache, length_r: Array, tokens_rt: Array, count_r: Array
+  params: PyTree, config: ModelConfig, cache, length_A: Array, tokens_At: Array, count_A: Array
 ):
-  """Reads t tokens behind cached contexts: (hidden [r, t, d], statistics)."""
-  r, t = tokens_rt.shape
+  """Reads t tokens behind cached contexts: (hidden [A, t, d], statistics)."""
+  r, t = tokens_At.shape
   first = cache[0].value.shape[2] - t  # slots of the contexts
   slot_s, place_t = jnp.arange(first + t), jnp.arange(t)
-  real_rt = place_t < count_r[:, None]
-  context_rs = slot_s < length_r[:, None]
+  real_At = place_t < count_A[:, None]
+  context_As = slot_s < length_A[:, None]
   own_ts = (slot_s >= first) & (slot_s <= first + place_t[:, None])
-  mask_rts = (context_rs[:, None] | own_ts) & real_rt[..., None]
-  positions_rt = jnp.where(real_rt, length_r[:, None] + place_t, -1)
+  mask_Ats = (context_As[:, None] | own_ts) & real_At[..., None]
+  positions_At = jnp.where(real_At, length_A[:, None] + place_t, -1)
   out = decoder(config, r * t).apply(
-    {'params': params}, tokens_rt, positions_rt, mask_rts, cache, first, method='decode'
+    {'params': params}, tokens_At, positions_At, mask_Ats, cache, first, method='decode'
   )
   return out.hidden_btd, out.router_stats
 
 
-def _judge(hidden_md: Array, kernel_dv: Array, target_m: Array) -> tuple[Array, Array]:
+def _judge(hidden_Nd: Array, kernel_dv: Array, target_N: Array) -> tuple[Array, Array]:
   """(log-probability, is largest) of a target at every position, in blocks of positions."""
-  positions, vocab = target_m.shape[0], kernel_dv.shape[1]
+  positions, vocab = target_N.shape[0], kernel_dv.shape[1]
   block = max(1, min(positions, LOGITS // vocab))
   blocks = -(-positions // block)
   pad = lambda x: jnp.pad(x, [(0, blocks * block - positions)] + [(0, 0)] * (x.ndim - 1))
 
   def one(piece):
-    hidden_md, target_m = piece
-    logits_mv = output_logits(hidden_md, kernel_dv)
-    chosen_m = jnp.take_along_axis(logits_mv, target_m[:, None], axis=1)[:, 0]
-    greedy_m = jnp.argmax(logits_mv, axis=-1) == target_m
-    return chosen_m - jax.nn.logsumexp(logits_mv, axis=-1), greedy_m
+    hidden_Nd, target_N = piece
+    logits_Nv = output_logits(hidden_Nd, kernel_dv)
+    chosen_N = jnp.take_along_axis(logits_Nv, target_N[:, None], axis=1)[:, 0]
+    greedy_N = jnp.argmax(logits_Nv, axis=-1) == target_N
+    return chosen_N - jax.nn.logsumexp(logits_Nv, axis=-1), greedy_N
 
   if blocks == 1:
-    return one((hidden_md, target_m))
-  pieces = (pad(hidden_md).reshape(blocks, block, -1), pad(target_m).reshape(blocks, block))
+    return one((hidden_Nd, target_N))
+  pieces = (pad(hidden_Nd).reshape(blocks, block, -1), pad(target_N).reshape(blocks, block))
   log_probs, greedy = jax.lax.map(one, pieces)
   return log_probs.reshape(-1)[:positions], greedy.reshape(-1)[:positions]
 
@@ -73,38 +73,38 @@ def _judge(hidden_md: Array, kernel_dv: Array, target_m: Array) -> tuple[Array, 
 @partial(jax.jit, static_argnames='config')
 def score(
   params: PyTree,
-  tokens_ct: Array,
-  length_c: Array,
-  context_r: Array,
-  targets_rn: Array,
-  count_r: Array,
+  tokens_Pt: Array,
+  length_P: Array,
+  context_A: Array,
+  targets_AW: Array,
+  count_A: Array,
   *,
   config: ModelConfig,
 ) -> Scores:
-  """Scores r continuations of c contexts.
+  """Scores A continuations of P contexts.
 
   Args:
-    params: as models.unstack gives them.
-    tokens_ct, length_c: contexts, padded on the right, and their lengths.
-    context_r: int32 context of each continuation.
-    targets_rn, count_r: continuations, padded on the right, and their lengths.
+    params: as decoding.unstack gives them.
+    tokens_Pt, length_P: contexts, padded on the right, and their lengths.
+    context_A: int32 context of each continuation.
+    targets_AW, count_A: continuations, padded on the right, and their lengths.
   """
-  r, n = targets_rn.shape
-  read = prefill(params, config, tokens_ct, length_c, n - 1)
-  hidden_rnd, drops = read.hidden_bd[context_r][:, None], read.drops
+  r, n = targets_AW.shape
+  read = prefill(params, config, tokens_Pt, length_P, n - 1)
+  hidden_AWd, drops = read.hidden_bd[context_A][:, None], read.drops
   if n > 1:
-    cache = jax.tree.map(lambda x: x[context_r], read.cache)
-    fed_r = jnp.maximum(count_r - 1, 0)  # the last token is judged, not fed
-    given = (cache, length_c[context_r], targets_rn[:, :-1], fed_r)
-    more_rtd, stats = _continued(params, config, *given)
-    hidden_rnd = jnp.concatenate([hidden_rnd, more_rtd], axis=1)
-    drops = drops.add(config, stats, jnp.sum(fed_r))
-  flat = hidden_rnd.reshape(r * n, -1)
-  log_probs, greedy = _judge(flat, read.kernel_dv, targets_rn.reshape(-1))
-  real_rn = jnp.arange(n) < count_r[:, None]
+    cache = jax.tree.map(lambda x: x[context_A], read.cache)
+    fed_A = jnp.maximum(count_A - 1, 0)  # the last token is judged, not fed
+    given = (cache, length_P[context_A], targets_AW[:, :-1], fed_A)
+    more_Atd, stats = _continued(params, config, *given)
+    hidden_AWd = jnp.concatenate([hidden_AWd, more_Atd], axis=1)
+    drops = drops.add(config, stats, jnp.sum(fed_A))
+  flat = hidden_AWd.reshape(r * n, -1)
+  log_probs, greedy = _judge(flat, read.kernel_dv, targets_AW.reshape(-1))
+  real_AW = jnp.arange(n) < count_A[:, None]
   whole = lambda x: partitioning.shard(x, (None,) * x.ndim)
   return Scores(
-    whole(jnp.where(real_rn, log_probs.reshape(r, n), 0.0)),
-    whole(greedy.reshape(r, n) & real_rn),
+    whole(jnp.where(real_AW, log_probs.reshape(r, n), 0.0)),
+    whole(greedy.reshape(r, n) & real_AW),
     jax.tree.map(whole, drops),
   )

@@ -132,7 +132,7 @@ class KVCache:
     return cls(key=key_bsnh.transpose(0, 2, 3, 1), value=value_bsnh.transpose(0, 2, 1, 3))
 
   def written(self, new: KVCache, slot: Array | int) -> KVCache:
-    """With new entries in every row, beginning at the same slot of all.
+    """The cache with new entries in every row, beginning at the same slot of all.
 
     One slot for all, because then a cache is updated in place; a slot of its own for every row
     would be a scatter.
@@ -169,11 +169,6 @@ def attend(
   probs_bnQs = probs_bntks.reshape(b, n, t * k, s).astype(value.dtype)
   out_bnQh = jnp.einsum('bnqs,bnsh->bnqh', probs_bnQs, value)
   return out_bnQh.reshape(b, n, t, k, h).transpose(0, 2, 3, 1, 4)
-
-
-def attention_dropout(rate: float, train: bool) -> nn.Dropout:
-  """For `attend`: one mask for all query positions, as in the original."""
-  return nn.Dropout(rate, broadcast_dims=(2,), deterministic=not train)
 
 
 class Attention(nn.Module):
@@ -218,7 +213,8 @@ class Attention(nn.Module):
     keys = KVCache.of(key, value)
     if cache is not None:
       keys = cache = cache.written(keys, cache_slot)
-    dropout = attention_dropout(self.dropout_rate, train)
+    # One mask for all query positions, as in the original.
+    dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(2,), deterministic=not train)
     out = attend(query[:, :, None], keys, mask_bts, query.dtype, probs_dropout=dropout)
     out_kernel = Kernel((n * h, d), ('heads', 'embed'), self._init(), name='out')()
     return out.reshape(*x_btd.shape[:2], n * h) @ out_kernel.astype(self.dtype), cache
@@ -247,12 +243,6 @@ def double_swiglu(gate: Array, linear: Array) -> Array:
   return gate[..., 0, :] * nn.silu(gate[..., 1, :]) * linear
 
 
-def swiglu(gate: Array, linear: None = None) -> Array:
-  """silu(a) * b with a, b = gate[..., 0, :], gate[..., 1, :]: plain SwiGLU, as JetMoE has it."""
-  assert linear is None, 'SwiGLU has no third factor'
-  return nn.silu(gate[..., 0, :]) * gate[..., 1, :]
-
-
 class Gating(NamedTuple):
   """A gated MLP's hidden layer.
 
@@ -266,7 +256,6 @@ class Gating(NamedTuple):
 
 
 DOUBLE_SWIGLU = Gating(double_swiglu, has_linear=True)
-SWIGLU = Gating(swiglu, has_linear=False)
 
 
 class Mlp(nn.Module):

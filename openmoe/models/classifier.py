@@ -17,12 +17,14 @@ from openmoe.types import Array, Batch, RouterStats
 
 @flax.struct.dataclass
 class ClassifierOutput:
-  """Attributes:
-  logits_bc: float32, one row of class scores per sequence.
-  router_stats: as in ModelOutput.
+  """Class scores of sequences.
+
+  Attributes:
+    logits_bY: float32, one row of class scores per sequence.
+    router_stats: as in ModelOutput.
   """
 
-  logits_bc: Array
+  logits_bY: Array
   router_stats: RouterStats | None
 
 

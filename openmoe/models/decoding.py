@@ -2,6 +2,13 @@
 
 A scan would copy the cache of all layers for every token, and the matrices of all experts where
 two are wanted.
+
+The models' `decode` takes the parameters of `unstack`, and
+  tokens_bt: int32; positions < 0 mark padding.
+  positions_bt: int32 rotary positions; -1 for padding tokens.
+  mask_bts: bool over the first s cache slots; no query looks at later ones.
+  cache: from init_decode_cache or an earlier call.
+  cache_slot: int32 scalar, first slot to write, the same in every row.
 """
 
 from __future__ import annotations

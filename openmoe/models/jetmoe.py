@@ -14,13 +14,22 @@ import jax.numpy as jnp
 
 from openmoe import partitioning
 from openmoe.config import ModelConfig
-from openmoe.layers.dense import SWIGLU, Embed, KVCache, RMSNorm, packed_mask
+from openmoe.layers.dense import Embed, Gating, KVCache, RMSNorm, packed_mask
 from openmoe.layers.moe.exchange import through_experts
 from openmoe.layers.moe.layer import MoeLayer
 from openmoe.layers.moe.moa import MixtureOfAttention
 from openmoe.models.common import ACT, BlockContext, Cache, ModelOutput, rematerialised, scanned
 from openmoe.models.decoding import decode_context, layer_name, unrolled
 from openmoe.types import Array, Batch, RouterStats
+
+
+def swiglu(gate: Array, linear: None = None) -> Array:
+  """silu(a) * b with a, b = gate[..., 0, :], gate[..., 1, :]: plain SwiGLU."""
+  assert linear is None, 'SwiGLU has no third factor'
+  return nn.silu(gate[..., 0, :]) * gate[..., 1, :]
+
+
+SWIGLU = Gating(swiglu, has_linear=False)
 
 
 class JetMoEBlock(nn.Module):
@@ -96,7 +105,7 @@ class JetMoE(nn.Module):
     cache: Cache,
     cache_slot: Array | int,
   ) -> ModelOutput:
-    """Extends cached rows by t tokens; see OpenMoE.decode."""
+    """Extends cached rows by t tokens; see decoding.py for the arguments."""
     context = decode_context(positions_bt, mask_bts, cache_slot)
     return self._run(tokens_bt, context, cache, train=False)
 

@@ -83,16 +83,8 @@ class Block(nn.Module):
       return RMSNorm(dtype, cfg.norm_epsilon, name=name)(r) * context.token_mask_bt1
 
     residual = Residual(cfg, name='residual')
-    attention = Attention(
-      cfg.num_heads,
-      cfg.head_dim,
-      dtype,
-      cfg.init_scale,
-      cfg.rope_theta,
-      cfg.float32_attention,
-      cfg.dropout_rate,
-      name='attention',
-    )
+    heads = (cfg.num_heads, cfg.head_dim, dtype, cfg.init_scale, cfg.rope_theta)
+    attention = Attention(*heads, cfg.float32_attention, cfg.dropout_rate, name='attention')
     x = normed('pre_attention_norm', r_btd)
     mask, positions = context.mask_bts, context.positions_bt
     y, cache = attention(x, mask, positions, train, cache, context.cache_slot)
@@ -106,15 +98,8 @@ class Block(nn.Module):
 
     wide = jnp.zeros((), bool)  # the float32 MoE output ends the narrow part of the stream
     valid_bt = context.token_mask_bt1[..., 0] > 0
-    moe = MoeLayer(
-      cfg.moe,
-      cfg.mlp_dim,
-      dtype,
-      scaled_init(cfg.init_scale),
-      cfg.dropout_rate,
-      run_experts=self.run_experts,
-      name='moe',
-    )
+    sparse = (cfg.moe, cfg.mlp_dim, dtype, scaled_init(cfg.init_scale), cfg.dropout_rate)
+    moe = MoeLayer(*sparse, run_experts=self.run_experts, name='moe')
     y, stats = moe(x, valid_bt, train)
     r_btd = residual(r_btd, y, wide, train)
     x = normed('pre_extra_mlp_norm', r_btd)
@@ -175,15 +160,7 @@ class OpenMoE(nn.Module):
     cache: Cache,
     cache_slot: Array | int,
   ) -> ModelOutput:
-    """Extends cached rows by t tokens; parameters are those of models.unstack.
-
-    Args:
-      tokens_bt: int32; positions < 0 mark padding.
-      positions_bt: int32 rotary positions; -1 for padding tokens.
-      mask_bts: bool over the first s cache slots; no query looks at later ones.
-      cache: from models.init_decode_cache or an earlier call.
-      cache_slot: int32 scalar, first slot to write, the same in every row.
-    """
+    """Extends cached rows by t tokens; see decoding.py for the arguments."""
     context = decode_context(positions_bt, mask_bts, cache_slot)
     return self._run(tokens_bt, context, cache, train=False)
 

@@ -70,9 +70,11 @@ def read_records(model_dir: str | os.PathLike, kind: str | None = None) -> list[
 
 
 def read_router(model_dir: str | os.PathLike) -> dict[str, np.ndarray]:
-  """All router records of a run: 'steps' [n], 'expert_load' [n, l, e], others [n, l].
+  """All router records of a run: 'steps' [records], 'expert_load' [records, l, e] and others.
 
-  'layers' [n, l], where it is there, holds the index of each sparse layer in the model.
+  Others are [records, l].
+
+  'layers' [records, l], where it is there, holds the index of each sparse layer in the model.
   Empty for a dense model.
 
   Raises:

@@ -56,7 +56,7 @@ def router_files(model_dir: str | os.PathLike) -> list[epath.Path]:
 
 
 def load_arrays(path: epath.Path) -> dict[str, np.ndarray]:
-  """The arrays of a router file, 'steps' [n] and others [n, ...].
+  """The arrays of a router file, 'steps' [records] and others [records, ...].
 
   Raises:
     Unreadable: it is no such file, or a damaged one.

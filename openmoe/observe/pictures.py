@@ -71,7 +71,7 @@ def _tick(value: float) -> str:
 
 
 def _column(records: list[dict], *names: str) -> np.ndarray:
-  """[n, len(names)] of the records that have every name."""
+  """[records, names] of the records that have every name."""
   rows = [[r[n] for n in names] for r in records if all(n in r for n in names)]
   return np.array(rows, float).reshape(-1, len(names))
 

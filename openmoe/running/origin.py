@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.config import ConfigError, InitialState, TrainConfig
-from openmoe.train_state import TrainState
+from openmoe.train_step import TrainState
 
 
 def _initial_parts(run: TrainConfig) -> tuple[str, int]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
@@ -13,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from openmoe.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from openmoe.data.statistics import unigram_entropy
 from openmoe.feed import evaluation_feed
-from openmoe.train_step import eval_step
-from openmoe.types import Batch, PyTree
+from openmoe.train_step import loss_fn
+from openmoe.types import Array, Batch, PyTree
 
 
 def make_evaluation(
@@ -59,3 +61,17 @@ def _on_host(batches: list[Batch]) -> Iterator[Batch]:
       yield jax.tree.map(np.asarray, batch)
     else:
       yield jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), batch)
+
+
+def eval_step(
+  params: PyTree, batch: Batch, *, model: nn.Module, config: ModelConfig
+) -> dict[str, Array]:
+  """Sums over one batch: 'cross_entropy', 'correct' and 'target_tokens'; eval capacity."""
+  key = jax.random.key(0)
+  one = jnp.ones((), jnp.float32)
+  _, aux = loss_fn(params, batch, one, key, model, config, False)
+  return {
+    'cross_entropy': aux['scalars']['cross_entropy'],
+    'correct': aux['scalars']['accuracy'],
+    'target_tokens': jnp.sum(batch.loss_weights),
+  }

@@ -20,10 +20,9 @@ import gin
 import jax
 
 from openmoe.config import ModelConfig, OptimizerConfig
+from openmoe.models import build_model, empty_batch
 from openmoe.optimizer import learning_rate, make_optimizer
-from openmoe.plan import abstract_state
-from openmoe.train_state import build_model, empty_batch
-from openmoe.train_step import train_step
+from openmoe.train_step import abstract_state, train_step
 
 
 def measure(config: ModelConfig) -> dict[str, float]:

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 
 from openmoe.config import MoEConfig
-from openmoe.layers.dense import SWIGLU
 from openmoe.layers.moe.layer import MoeLayer, scaled_init
+from openmoe.models.jetmoe import SWIGLU
 from scripts.benchmarks.flops import executed_flops
 
 # tokens, embed, hidden, experts

@@ -83,7 +83,7 @@ class Leaf:
 
   @property
   def types(self) -> tuple[str, ...]:
-    """Of 'gen' (text is generated) and 'mul' (choices are ranked), what its metrics ask for."""
+    """What its metrics ask for of 'gen' (text is generated) and 'mul' (choices are ranked)."""
     metrics = set(self.data['metrics'])
     found = {'gen': metrics & GENERATIVE, 'mul': metrics & MULTIPLE_CHOICE}
     return tuple(name for name, wanted in found.items() if wanted)

@@ -85,6 +85,6 @@ def rouge(target: str, text: str) -> dict[str, float]:
 
 
 def best_rouge(targets: Sequence[str], text: str) -> dict[str, float]:
-  """Of several targets, the best one for each type."""
+  """The best of several targets, for each type."""
   scores = [rouge(target, text) for target in targets]
   return {name: max(score[name] for score in scores) for name in TYPES}

@@ -15,7 +15,7 @@ DATA = {'shard_0': b'\x00\xff position', 'shard/1 of 2': b''}
 
 @flax.struct.dataclass
 class State:
-  """As openmoe.train_state.TrainState: what the Checkpointer relies on, and no more."""
+  """As openmoe.train_step.TrainState: what the Checkpointer relies on, and no more."""
 
   step: jax.Array
   params: dict

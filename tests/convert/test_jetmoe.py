@@ -17,8 +17,7 @@ from convert.formats import hf_config
 from convert.load import load_classifier, load_params
 from convert.logits import forward
 from convert.run import Options, convert, find_form
-from openmoe.models import build_model
-from openmoe.train_state import abstract_params
+from openmoe.models import abstract_params, build_model
 from tests.convert import case
 from tests.parity import jetmoe as parity
 
@@ -301,7 +300,7 @@ def test_classifier_against_transformers(tmp_path):
   batch = batch.replace(segment_ids=(np.arange(12) < lengths[:, None]).astype(np.int32))
   with torch.no_grad():
     theirs = hf(torch.from_numpy(tokens)).logits.numpy()
-  ours = SequenceClassifier(config, 3).apply({'params': params}, batch, False).logits_bc
+  ours = SequenceClassifier(config, 3).apply({'params': params}, batch, False).logits_bY
   np.testing.assert_allclose(ours, theirs, atol=1e-5)
   back = to_hf(classifier_table(config), flax.traverse_util.flatten_dict(params, sep='/'))
   assert parity.mismatches(parity.hf_tensors(hf), back) == 0

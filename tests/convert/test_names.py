@@ -9,7 +9,7 @@ from convert.core.source import model_shapes
 from convert.core.tensors import ConvertError
 from convert.formats.zarrays import kvstore
 from openmoe.checkpoint.description import model_fields
-from openmoe.train_state import abstract_params
+from openmoe.models import abstract_params
 
 
 def _ours(config):

@@ -15,7 +15,7 @@ from convert.core.tensors import ConvertError, Stored
 from convert.run import Options, convert, find_form
 from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.checkpoint.description import identity
-from openmoe.train_state import abstract_params
+from openmoe.models import abstract_params
 from tests.convert import case
 
 

@@ -25,8 +25,9 @@ from openmoe.config import (
   RouterLoss,
   RouterOrder,
 )
+from openmoe.models import abstract_params
 from openmoe.optimizer import learning_rate, make_optimizer
-from openmoe.train_state import TrainState, abstract_params
+from openmoe.train_step import TrainState
 from tests.convert import case
 
 # Low enough that all matrices are factored, among them gates along either side.

@@ -12,8 +12,7 @@ import pytest
 
 from convert.upcycle import dense_config, logit_difference, upcycle
 from openmoe.config import ConfigError, ModelConfig, MoEConfig
-from openmoe.models import build_model
-from openmoe.train_state import empty_batch
+from openmoe.models import build_model, empty_batch
 from openmoe.train_step import loss_fn
 from openmoe.types import Batch
 

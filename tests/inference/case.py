@@ -11,8 +11,7 @@ import numpy as np
 from openmoe.config import ModelConfig, MoEConfig
 from openmoe.inference.model import LanguageModel
 from openmoe.inference.placement import inference_mesh
-from openmoe.models import build_model
-from openmoe.train_state import empty_batch
+from openmoe.models import build_model, empty_batch
 from openmoe.types import Batch
 
 V = 64

@@ -148,7 +148,7 @@ def test_everything_is_shown_in_the_end_though_bytes_change_what_stood_there(eve
   rows._ends, rows._tails, rows._samples, rows._limits = {}, [[]], 1, np.array([99])
   shown, out = '', []
   for step in [*range(every, len(ids), every), len(ids)]:
-    state = types.SimpleNamespace(tokens_bn=np.array([ids]), step=step)
+    state = types.SimpleNamespace(tokens_bW=np.array([ids]), step=step)
     shown = rows._show(state, np.array([step == len(ids)]), (), shown, out.append)
   assert ''.join(out) == Bytes().decode(ids) == 'AAé\ufffdB'
 

@@ -24,7 +24,8 @@ from openmoe.checkpoint.description import identity
 from openmoe.config import ConfigError, ModelConfig
 from openmoe.data.vocabulary import train_vocabulary
 from openmoe.inference.model import LanguageModel
-from openmoe.train_state import TrainState, abstract_params
+from openmoe.models import abstract_params
+from openmoe.train_step import TrainState
 
 SIZES = {'num_layers': 2, 'embed_dim': 16, 'mlp_dim': 16, 'num_heads': 4, 'head_dim': 4}
 # What would run, were a run's config.gin parsed.

@@ -9,11 +9,12 @@ from jax.sharding import AbstractDevice
 
 from openmoe import partitioning
 from openmoe.config import Dispatch, MeshConfig, MoEConfig
-from openmoe.layers.dense import DOUBLE_SWIGLU, SWIGLU
+from openmoe.layers.dense import DOUBLE_SWIGLU
 from openmoe.layers.moe import exchange as dispatching
 from openmoe.layers.moe import layer as moe
 from openmoe.layers.moe.grouped import blocked
 from openmoe.layers.moe.grouped.api import Kernel, block_layout, grouped_matmul, grouped_mlp
+from openmoe.models.jetmoe import SWIGLU
 
 E, D, F, ROWS = 5, 128, 128, 300
 KERNELS = (Kernel.BLOCKED, Kernel.MEGABLOX, Kernel.PADDED)  # Mosaic GPU needs a Hopper GPU
@@ -93,11 +94,11 @@ def test_chunks_cover_every_row_once(counts):
   owner = np.full(rows_e.sum(), -1)
   parts = blocked.chunks(jnp.asarray(start_e), jnp.asarray(rows_e), sizes, rows_e.sum() + 8)
   for part in parts:
-    assert int(part.count) <= part.start_c.size
+    assert int(part.count) <= part.start_C.size
     for c in range(int(part.count)):
-      rows = slice(int(part.start_c[c]), int(part.start_c[c]) + part.size)
+      rows = slice(int(part.start_C[c]), int(part.start_C[c]) + part.size)
       assert (owner[rows] == -1).all()
-      owner[rows] = int(part.expert_c[c])
+      owner[rows] = int(part.expert_C[c])
   np.testing.assert_array_equal(owner, np.repeat(np.arange(3), rows_e))
 
 

@@ -14,8 +14,8 @@ from openmoe.layers.moe.router import (
   load_balance_loss,
   route,
   router_z_loss,
-  upstream_group_size,
 )
+from openmoe.plan import upstream_group_size
 from tests.layers import naive
 
 
@@ -149,3 +149,24 @@ def test_jitter_is_for_training_only():
   plain = _routed(MoEConfig(4), x, None, True).combine_weights_gtk
   np.testing.assert_array_equal(_routed(config, x, None, False).combine_weights_gtk, plain)
   assert not np.allclose(_routed(config, x, None, True).combine_weights_gtk, plain)
+
+
+def test_tokens_that_are_not_routed_are_not_left_behind():
+  """Two real tokens of eight, both for the same two experts, with room for one."""
+  logits = jnp.zeros((1, 8, 4)).at[..., :2].set(5.0)
+  valid = jnp.arange(8)[None] < 2
+  left = lambda mask: float(route(logits, mask, MoEConfig(4), 1).stats.tokens_left_behind)
+  assert left(valid) == 0.5
+  assert left(jnp.zeros_like(valid)) == 0
+  assert left(None) == 7 / 8
+
+
+def test_a_group_of_padding_counts_as_one_of_loss_0():
+  """Losses are means over groups, as the original takes them; docs/PARITY.md."""
+  logits = jax.random.normal(jax.random.key(0), (2, 8, 4))
+  valid = jnp.array([[True] * 8, [False] * 8])
+  both, one = (
+    route(x, m, MoEConfig(4), None).stats for x, m in ((logits, valid), (logits[:1], None))
+  )
+  for name in ('load_balance_loss', 'router_z_loss'):
+    np.testing.assert_allclose(getattr(both, name), getattr(one, name) / 2, rtol=1e-6)

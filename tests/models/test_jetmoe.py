@@ -14,10 +14,10 @@ import pytest
 from openmoe import partitioning
 from openmoe.classification import classification_step
 from openmoe.config import ConfigError, MeshConfig, ModelConfig, MoEConfig
-from openmoe.models import build_model
+from openmoe.models import abstract_params, build_model
 from openmoe.models.classifier import SequenceClassifier
-from openmoe.plan import flops_per_token
-from openmoe.train_state import TrainState, abstract_params, active_params, count_params
+from openmoe.plan import active_params, count_params, flops_per_token
+from openmoe.train_step import TrainState
 from openmoe.types import Batch
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -25,9 +25,9 @@ import optax
 
 from convert.core.names import name_table
 from openmoe import config as config_lib
-from openmoe.layers.moe.router import upstream_group_size
+from openmoe.models import abstract_params, build_model
 from openmoe.optimizer import learning_rate, make_optimizer
-from openmoe.train_state import abstract_params, build_model
+from openmoe.plan import upstream_group_size
 from openmoe.train_step import loss_fn
 from openmoe.types import Batch, PyTree
 

@@ -34,7 +34,8 @@ from convert.sizes import of_form
 from openmoe.checkpoint.description import model_fields
 from openmoe.config import ModelConfig
 from openmoe.inference.decode import inference_config
-from openmoe.models import build_model, init_decode_cache, unstack
+from openmoe.models import build_model
+from openmoe.models.decoding import init_decode_cache, unstack
 from openmoe.types import Batch, PyTree
 
 LIMITS = {'logits': 1e-5, 'cached_decode': 1e-5, 'export_mismatches': 0}

@@ -28,9 +28,10 @@ from convert.run import Options, convert, find_form
 from openmoe import config as config_lib
 from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.checkpoint.description import model_fields
-from openmoe.layers.moe.router import upstream_group_size
+from openmoe.models import abstract_params, build_model
 from openmoe.optimizer import learning_rate, make_optimizer
-from openmoe.train_state import TrainState, abstract_params, build_model
+from openmoe.plan import upstream_group_size
+from openmoe.train_step import TrainState
 from openmoe.types import Batch, PyTree
 
 LIMITS = {'param_mismatches': 0, 'optimizer_mismatches': 0, 'logits_eval': 2e-5}

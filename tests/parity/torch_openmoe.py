@@ -35,7 +35,7 @@ from convert.core.names import check_names, name_table
 from convert.torch.configuration_openmoe import OpenMoeConfig
 from convert.torch.modeling_openmoe import OpenMoeForCausalLM
 from openmoe.config import CapacityConvention, Dispatch, ModelConfig, MoEConfig
-from openmoe.train_state import abstract_params, build_model
+from openmoe.models import abstract_params, build_model
 from openmoe.types import Batch, PyTree
 
 LIMITS = {

@@ -13,18 +13,12 @@ import jax.numpy as jnp
 from openmoe import partitioning
 from openmoe.config import ConfigError, Dispatch, MoEConfig
 from openmoe.layers.dense import DOUBLE_SWIGLU, Gating
-from openmoe.layers.moe.exchange import (
-  ExpertPlan,
-  Segments,
-  through_experts,
-  through_slots,
-  times,
-)
+from openmoe.layers.moe.exchange import ExpertPlan, Segments, through_experts, through_slots, times
 from openmoe.layers.moe.grouped.api import choose_kernel
 from openmoe.layers.moe.grouped.sorted import through_segments
 from openmoe.layers.moe.masks import through_masks
 from openmoe.layers.moe.router import Router
-from openmoe.types import Array, PyTree, RouterStats, Routing
+from openmoe.types import Array, RouterStats, Routing
 
 
 @flax.struct.dataclass
@@ -53,26 +47,15 @@ WEIGHT_AXES = ExpertWeights(
 )
 
 
-def make_plan(
-  dispatch: Dispatch,
-  kernel_eIO: Array,
-  kernel_axes: tuple[str | None, ...],
-  *,
-  in_axes: tuple,
-  weight_axes: PyTree,
-  out_axes: tuple,
-  combine: bool,
-) -> ExpertPlan:
+def make_plan(dispatch: Dispatch, kernel_eIO: Array, kernel_axes: tuple, **axes) -> ExpertPlan:
   """How a layer moves its rows on this mesh and platform.
 
   Args:
     kernel_eIO: one of the layer's kernels; its sides on one device and its dtype choose who
       multiplies without capacity.
     kernel_axes: logical axes of that kernel.
+    axes: the other fields of ExpertPlan.
   """
-  axes = {
-    'in_axes': in_axes, 'weight_axes': weight_axes, 'out_axes': out_axes, 'combine': combine
-  }  # fmt: skip
   match dispatch:
     case Dispatch.SCATTER:
       return ExpertPlan(through_slots, **axes)
@@ -170,7 +153,7 @@ class Experts(nn.Module):
 
 
 def scaled_init(scale: float) -> Callable:
-  """For Experts.kernel_init: variance scale / fan_in."""
+  """Initialisers of variance scale / fan_in, as Experts.kernel_init takes them."""
   return lambda out_axis: nn.initializers.variance_scaling(
     scale, 'fan_in', 'normal', in_axis=1, out_axis=out_axis, batch_axis=0
   )
@@ -225,15 +208,8 @@ class MoeLayer(nn.Module):
     )
     absent = {n: None for n in ('wi_1_edf', 'keep_ef') if getattr(weights, n) is None}
     act_axes = ('act_group', None, 'act_embed_slice')
-    plan = make_plan(
-      cfg.dispatch,
-      weights.wo_efd,
-      WEIGHT_AXES.wo_efd,
-      in_axes=act_axes,
-      weight_axes=WEIGHT_AXES.replace(**absent),
-      out_axes=act_axes,
-      combine=True,
-    )
+    axes = {'in_axes': act_axes, 'weight_axes': WEIGHT_AXES.replace(**absent), 'out_axes': act_axes}
+    plan = make_plan(cfg.dispatch, weights.wo_efd, WEIGHT_AXES.wo_efd, **axes)
     compute = functools.partial(_gated_mlp, gating=self.gating)
     y_gtd = self.run_experts(compute, x_gtd.astype(self.dtype), weights, routing, plan)
     y_btd = y_gtd.reshape(x_btd.shape)

@@ -20,7 +20,6 @@ from openmoe.layers.dense import (
   KVCache,
   apply_rotary,
   attend,
-  attention_dropout,
   rotary_tables,
 )
 from openmoe.layers.moe.exchange import through_experts, times
@@ -93,7 +92,7 @@ class MixtureOfAttention(nn.Module):
     if cache is not None:
       keys = cache = cache.written(keys, cache_slot)
     # Softmax in float32, as the original's eager attention has it.
-    dropout = attention_dropout(self.dropout_rate, train)
+    dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(2,), deterministic=not train)
     out_btknh = attend(query, keys, mask_bts, jnp.float32, h**-0.5, dropout)
 
     out_eIO = self._expert_kernel('out', (n * h, d), ('heads', 'embed'))

@@ -8,14 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from openmoe.config import (
-  CapacityConvention,
-  ConfigError,
-  Dispatch,
-  MoEConfig,
-  RouterLoss,
-  RouterOrder,
-)
+from openmoe.config import CapacityConvention, Dispatch, MoEConfig, RouterLoss, RouterOrder
 from openmoe.types import Array, RouterStats, Routing
 
 
@@ -38,11 +31,7 @@ def expert_capacity(
 
   >>> expert_capacity(4096, num_experts=32, capacity_factor=1.25)
   160
-  >>> expert_capacity(
-  ...   4096, num_experts=32, capacity_factor=1.25, convention=CapacityConvention.WITH_TOP_K)
-  320
-  >>> expert_capacity(
-  ...   60, num_experts=4, capacity_factor=1.25, convention=CapacityConvention.COLOSSALAI)
+  >>> expert_capacity(60, 4, capacity_factor=1.25, convention=CapacityConvention.COLOSSALAI)
   38
   """
   match convention:
@@ -54,41 +43,6 @@ def expert_capacity(
       slots = math.floor(top_k * capacity_factor * tokens_per_group / num_experts)
       slots += slots % 2
   return max(slots, min_capacity)
-
-
-def upstream_group_size(
-  num_tokens: int,
-  max_group_size: int,
-  num_experts: int,
-  *,
-  device_count: int,
-  num_expert_partitions: int,
-  num_model_partitions: int,
-) -> int:
-  """The group size that the original system takes on a given topology.
-
-  There the number of groups is a multiple of (expert replicas x experts), so results depend on
-  the devices; here group_size is explicit, and this function translates (flaxformer
-  moe_layers.py, `_num_groups`). num_tokens is that of the whole global microbatch.
-
-  Raises:
-    ConfigError: no number of groups divides the tokens (the original pads there).
-
-  >>> upstream_group_size(128 * 2048, 4096, 32, device_count=512,
-  ...                     num_expert_partitions=32, num_model_partitions=8)
-  4096
-  """
-  replicas = max(1, device_count // (num_expert_partitions * num_model_partitions))
-  unit = replicas * num_experts
-  if num_tokens % unit:
-    raise ConfigError(
-      f'{num_tokens} tokens do not divide into multiples of {replicas} replicas x {num_experts} '
-      f'experts = {unit} groups; the original would pad to {-(-num_tokens // unit) * unit}.'
-    )
-  groups = max(num_tokens // max_group_size, unit)
-  while num_tokens % groups or groups % unit:
-    groups += 1
-  return num_tokens // groups
 
 
 def top_k(x_gte: Array, k: int) -> tuple[Array, Array]:
@@ -114,12 +68,12 @@ def assign_slots(expert_index_gtk: Array, valid_gt: Array | None, num_experts: i
   lead the cumulative sum.
   """
   g, t, k = expert_index_gtk.shape
-  index_gr = expert_index_gtk.swapaxes(1, 2).reshape(g, k * t)
-  chosen_gre = jax.nn.one_hot(index_gr, num_experts, dtype=jnp.int32)
+  index_gR = expert_index_gtk.swapaxes(1, 2).reshape(g, k * t)
+  chosen_gRe = jax.nn.one_hot(index_gR, num_experts, dtype=jnp.int32)
   if valid_gt is not None:
-    chosen_gre *= jnp.tile(valid_gt, (1, k))[..., None].astype(jnp.int32)
-  place_gre = jnp.cumsum(chosen_gre, axis=1) * chosen_gre
-  return (place_gre.sum(axis=-1) - 1).reshape(g, k, t).swapaxes(1, 2)
+    chosen_gRe *= jnp.tile(valid_gt, (1, k))[..., None].astype(jnp.int32)
+  place_gRe = jnp.cumsum(chosen_gRe, axis=1) * chosen_gRe
+  return (place_gRe.sum(axis=-1) - 1).reshape(g, k, t).swapaxes(1, 2)
 
 
 def load_balance_loss(router_probs_gte: Array, chosen_gte: Array, valid_gt: Array | None) -> Array:
@@ -178,7 +132,7 @@ def route(
   routed = jnp.maximum(routed_gtk.sum(), 1).astype(jnp.float32)
   served = served_gtk.sum().astype(jnp.float32)
   slots = routed if capacity is None else float(e * capacity * slot_gtk.shape[0])
-  tokens = slot_gtk.shape[0] * slot_gtk.shape[1]
+  lost_gt = routed_gtk.any(axis=-1) & ~served_gtk.any(axis=-1)
   balance = load_balance_loss(probs_gte, chosen_gte, valid_gt)
   if config.router_loss is RouterLoss.SUM:
     balance = balance / k  # f as a share of all choices, so that balance is 1 for any k
@@ -187,7 +141,7 @@ def route(
     router_z_loss=router_z_loss(router_logits_gte, valid_gt),
     expert_load_e=chosen_gte.sum(axis=(0, 1)) / routed,
     dropped_fraction=1.0 - served / routed,
-    tokens_left_behind=1.0 - jnp.any(served_gtk, axis=-1).sum() / tokens,
+    tokens_left_behind=lost_gt.sum() * k / routed,
     expert_usage=served / slots,
     router_confidence=jnp.sum(weights_gtk * served_gtk) / jnp.maximum(served, 1),
   )

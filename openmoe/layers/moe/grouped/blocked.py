@@ -27,14 +27,14 @@ class Chunks:
   """All chunks of one size.
 
   Attributes:
-    start_c: int32 first row of each chunk.
-    expert_c: int32 its expert.
+    start_C: int32 first row of each chunk.
+    expert_C: int32 its expert.
     count: int32 scalar, chunks in use; the others mean nothing.
     size: rows per chunk.
   """
 
-  start_c: Array
-  expert_c: Array
+  start_C: Array
+  expert_C: Array
   count: Array
   size: int = flax.struct.field(pytree_node=False)
 
@@ -57,13 +57,13 @@ def chunks(start_e: Array, rows_e: Array, sizes: tuple[int, ...], max_rows: int)
     # Below the largest size an expert has fewer chunks than the next larger size holds.
     bound = max_rows // size if i == 0 else rows_e.size * (sizes[i - 1] // size - 1)
     end_e = jnp.cumsum(count_e)
-    index_c = jnp.arange(bound, dtype=jnp.int32)
-    expert_c = jnp.minimum(
-      jnp.searchsorted(end_e, index_c, side='right', method='compare_all'), last
+    index_C = jnp.arange(bound, dtype=jnp.int32)
+    expert_C = jnp.minimum(
+      jnp.searchsorted(end_e, index_C, side='right', method='compare_all'), last
     )
-    within_c = index_c - (end_e - count_e)[expert_c]
-    start_c = (start_e + done_e)[expert_c] + within_c * size
-    result.append(Chunks(start_c.astype(jnp.int32), expert_c.astype(jnp.int32), end_e[-1], size))
+    within_C = index_C - (end_e - count_e)[expert_C]
+    start_C = (start_e + done_e)[expert_C] + within_C * size
+    result.append(Chunks(start_C.astype(jnp.int32), expert_C.astype(jnp.int32), end_e[-1], size))
     done_e = done_e + count_e * size
   return result
 
@@ -77,10 +77,10 @@ def loop(parts: list[Chunks], body: Callable, carry):
   for part in parts:
 
     def step(c, carry, part=part):
-      start = part.start_c[c]
+      start = part.start_C[c]
       rows = lambda x: jax.lax.dynamic_slice_in_dim(x, start, part.size)
       put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), start, 0)
-      return body(rows, put, part.expert_c[c], carry)
+      return body(rows, put, part.expert_C[c], carry)
 
     carry = jax.lax.fori_loop(0, part.count, step, carry)
   return carry
@@ -91,54 +91,54 @@ def _of(weights: PyTree, expert: Array) -> PyTree:
   return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, expert, keepdims=False), weights)
 
 
-def _add_to(x_eio: Array, expert: Array, part_io: Array) -> Array:
-  new = _of(x_eio, expert) + part_io.reshape(x_eio.shape[1:])
-  return jax.lax.dynamic_update_index_in_dim(x_eio, new, expert, 0)
+def _add_to(x_eIO: Array, expert: Array, part_IO: Array) -> Array:
+  new = _of(x_eIO, expert) + part_IO.reshape(x_eIO.shape[1:])
+  return jax.lax.dynamic_update_index_in_dim(x_eIO, new, expert, 0)
 
 
 _dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 _NN, _NT, _TN = [(((i,), (j,)), ((), ())) for i, j in ((1, 0), (1, 1), (0, 0))]
 
 
-def matmul(lhs_mi: Array, rhs_eio: Array, parts: list[Chunks], transpose: bool) -> Array:
-  """Each row times its expert's matrix (transposed: rhs is [e, o, i]); [m, i] -> [m, o]."""
+def matmul(lhs_MI: Array, rhs_eIO: Array, parts: list[Chunks], transpose: bool) -> Array:
+  """Each row times its expert's matrix (transposed: rhs is [e, O, I]); [M, I] -> [M, O]."""
 
-  def body(rows, put, expert, out_mo):
-    return put(out_mo, _dot(rows(lhs_mi), _of(rhs_eio, expert), _NT if transpose else _NN))
+  def body(rows, put, expert, out_MO):
+    return put(out_MO, _dot(rows(lhs_MI), _of(rhs_eIO, expert), _NT if transpose else _NN))
 
-  out_dim = rhs_eio.shape[1] if transpose else rhs_eio.shape[2]
-  return loop(parts, body, _zeros((lhs_mi.shape[0], out_dim), lhs_mi.dtype))
+  out_dim = rhs_eIO.shape[1] if transpose else rhs_eIO.shape[2]
+  return loop(parts, body, _zeros((lhs_MI.shape[0], out_dim), lhs_MI.dtype))
 
 
-def transposed_matmul(lhs_mi: Array, dout_mo: Array, parts: list[Chunks], num_experts: int):
-  """Per expert the sum over its rows of lhs^T dout, float32 [e, i, o]; 0 without rows."""
+def transposed_matmul(lhs_MI: Array, dout_MO: Array, parts: list[Chunks], num_experts: int):
+  """Per expert the sum over its rows of lhs^T dout, float32 [e, I, O]; 0 without rows."""
 
-  def body(rows, put, expert, drhs_eio):
-    return _add_to(drhs_eio, expert, _dot(rows(lhs_mi), rows(dout_mo), _TN))
+  def body(rows, put, expert, drhs_eIO):
+    return _add_to(drhs_eIO, expert, _dot(rows(lhs_MI), rows(dout_MO), _TN))
 
-  shape = (num_experts, lhs_mi.shape[1], dout_mo.shape[1])
+  shape = (num_experts, lhs_MI.shape[1], dout_MO.shape[1])
   return loop(parts, body, _zeros(shape, jnp.float32))
 
 
-def _hidden(gate_mp: Array, linear_mf: Array | None, keep_f: Array | None, activation: Callable):
-  """Hidden units of some rows from the products with wi_0 ([m, 2f]) and wi_1 ([m, f])."""
-  h_mf = activation(gate_mp.reshape(gate_mp.shape[0], 2, -1), linear_mf)
-  return h_mf if keep_f is None else h_mf * keep_f
+def _hidden(gate_MF: Array, linear_Mf: Array | None, keep_f: Array | None, activation: Callable):
+  """Hidden units of some rows from the products with wi_0 ([M, F]) and wi_1 ([M, f])."""
+  h_Mf = activation(gate_MF.reshape(gate_MF.shape[0], 2, -1), linear_Mf)
+  return h_Mf if keep_f is None else h_Mf * keep_f
 
 
-def mlp(x_md: Array, weights, parts: list[Chunks], activation: Callable, save: bool):
+def mlp(x_Md: Array, weights, parts: list[Chunks], activation: Callable, save: bool):
   """A gated MLP per expert, one pass over the rows: a chunk stays in cache for all its products.
 
   Args:
-    weights: (wi_0 [e, d, 2f], wi_1 [e, d, f] or None, wo [e, f, d], keep [e, f] or None).
+    weights: (wi_0 [e, d, F], wi_1 [e, d, f] or None, wo [e, f, d], keep [e, f] or None).
     activation: (gate [..., 2, f], linear [..., f] or None) -> [..., f].
     save: also return the products with wi_0 and wi_1, which the backward pass wants.
 
   Returns:
-    [m, d], or ([m, d], [m, 2f], [m, f] or None).
+    [M, d], or ([M, d], [M, F], [M, f] or None).
   """
   wi_0, wi_1, wo, _ = weights
-  buffer = lambda like: None if like is None else _zeros((x_md.shape[0], like.shape[2]), x_md.dtype)
+  buffer = lambda like: None if like is None else _zeros((x_Md.shape[0], like.shape[2]), x_Md.dtype)
 
   def one(weights, x):
     wi_0, wi_1, wo, keep = weights
@@ -148,25 +148,25 @@ def mlp(x_md: Array, weights, parts: list[Chunks], activation: Callable, save: b
     return (out, *pre) if save else (out,)
 
   def body(rows, put, expert, carry):
-    new = one(_of(weights, expert), rows(x_md))
+    new = one(_of(weights, expert), rows(x_Md))
     return tuple(None if n is None else put(old, n) for old, n in zip(carry, new, strict=True))
 
   carry = loop(parts, body, (buffer(wo), buffer(wi_0), buffer(wi_1)) if save else (buffer(wo),))
   return carry if save else carry[0]
 
 
-def mlp_gradients(x_md: Array, weights, gate_mp, linear_mf, dout_md, parts, activation: Callable):
+def mlp_gradients(x_Md: Array, weights, gate_MF, linear_Mf, dout_Md, parts, activation: Callable):
   """Gradients for x and for (wi_0, wi_1, wo), the latter float32; see `mlp`."""
   wi_0, wi_1, wo, keep = weights
   zeros = lambda w: None if w is None else _zeros(w.shape, jnp.float32)
 
   def body(rows, put, expert, carry):
-    dx_md, dwi_0, dwi_1, dwo = carry
+    dx_Md, dwi_0, dwi_1, dwo = carry
     of = lambda w: None if w is None else _of(w, expert)
     hidden = lambda gate, linear: _hidden(gate, linear, of(keep), activation)
-    pre = tuple(None if p is None else rows(p) for p in (gate_mp, linear_mf))
+    pre = tuple(None if p is None else rows(p) for p in (gate_MF, linear_Mf))
     h, pull = jax.vjp(hidden, *pre)
-    x, dout = rows(x_md), rows(dout_md)
+    x, dout = rows(x_Md), rows(dout_Md)
     dwo = _add_to(dwo, expert, _dot(h, dout, _TN))
     dgate, dlinear = pull(_dot(dout, of(wo), _NT).astype(h.dtype))
     dx = _dot(dgate, of(wi_0), _NT)
@@ -174,8 +174,8 @@ def mlp_gradients(x_md: Array, weights, gate_mp, linear_mf, dout_md, parts, acti
     if wi_1 is not None:
       dx += _dot(dlinear, of(wi_1), _NT)
       dwi_1 = _add_to(dwi_1, expert, _dot(x, dlinear, _TN))
-    return put(dx_md, dx), dwi_0, dwi_1, dwo
+    return put(dx_Md, dx), dwi_0, dwi_1, dwo
 
-  start = (_zeros(x_md.shape, x_md.dtype), zeros(wi_0), zeros(wi_1), zeros(wo))
-  dx_md, *dweights = loop(parts, body, start)
-  return dx_md, tuple(dweights)
+  start = (_zeros(x_Md.shape, x_Md.dtype), zeros(wi_0), zeros(wi_1), zeros(wo))
+  dx_Md, *dweights = loop(parts, body, start)
+  return dx_Md, tuple(dweights)

@@ -36,25 +36,25 @@ def _blocks(block_k: int) -> dict[str, int]:
   }
 
 
-def matmul(lhs_mi: Array, rhs_eio: Array, rows_e: Array, transpose: bool) -> Array:
-  """[m, i] -> [m, o] in lhs's dtype (transposed: rhs is [e, o, i]); rows past the last are 0."""
+def matmul(lhs_MI: Array, rhs_eIO: Array, rows_e: Array, transpose: bool) -> Array:
+  """[M, I] -> [M, O] in lhs's dtype (transposed: rhs is [e, O, I]); rows past the last are 0."""
   from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 
-  out_mo = ragged_dot(
-    lhs_mi, rhs_eio, group_sizes=rows_e, transpose_rhs=transpose, **_blocks(_BLOCK_K)
+  out_MO = ragged_dot(
+    lhs_MI, rhs_eIO, group_sizes=rows_e, transpose_rhs=transpose, **_blocks(_BLOCK_K)
   )
-  return jnp.where((jnp.arange(lhs_mi.shape[0]) < rows_e.sum())[:, None], out_mo, 0)
+  return jnp.where((jnp.arange(lhs_MI.shape[0]) < rows_e.sum())[:, None], out_MO, 0)
 
 
-def transposed_matmul(lhs_mi: Array, dout_mo: Array, rows_e: Array) -> Array:
-  """[e, i, o] in lhs's dtype: per expert the sum over its rows of lhs^T dout."""
+def transposed_matmul(lhs_MI: Array, dout_MO: Array, rows_e: Array) -> Array:
+  """[e, I, O] in lhs's dtype: per expert the sum over its rows of lhs^T dout."""
   from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
 
-  return transposed_ragged_dot(lhs_mi, dout_mo, group_sizes=rows_e, **_blocks(_BLOCK_K))
+  return transposed_ragged_dot(lhs_MI, dout_MO, group_sizes=rows_e, **_blocks(_BLOCK_K))
 
 
 def _rounds(start_e: Array, rows_e: Array, total: int):
-  """(rows of an expert in a round, number of rounds, round -> [e, c] row numbers).
+  """(rows of an expert in a round, number of rounds, round -> [e, R] row numbers).
 
   Numbers of rows that an expert does not have are `total`, out of bounds.
   """
@@ -62,43 +62,43 @@ def _rounds(start_e: Array, rows_e: Array, total: int):
   count = -(-jnp.max(rows_e) // room)
 
   def rows_of(r):
-    within_c = r * room + jnp.arange(room, dtype=jnp.int32)
-    return jnp.where(within_c < rows_e[:, None], start_e[:, None] + within_c, total)
+    within_R = r * room + jnp.arange(room, dtype=jnp.int32)
+    return jnp.where(within_R < rows_e[:, None], start_e[:, None] + within_R, total)
 
   return room, count, rows_of
 
 
-def _rows(x: Array, index_ec: Array) -> Array:
-  return jnp.take(x, index_ec, axis=0, mode='fill', fill_value=0)
+def _rows(x: Array, index_eR: Array) -> Array:
+  return jnp.take(x, index_eR, axis=0, mode='fill', fill_value=0)
 
 
 def padded_matmul(
-  lhs_mi: Array, rhs_eio: Array, start_e: Array, rows_e: Array, transpose: bool
+  lhs_MI: Array, rhs_eIO: Array, start_e: Array, rows_e: Array, transpose: bool
 ) -> Array:
   """As `matmul`, by batched matmuls; at perfect balance one round with a quarter of padding."""
-  _, count, rows_of = _rounds(start_e, rows_e, lhs_mi.shape[0])
-  form = 'eci,eoi->eco' if transpose else 'eci,eio->eco'
+  _, count, rows_of = _rounds(start_e, rows_e, lhs_MI.shape[0])
+  form = 'eRI,eOI->eRO' if transpose else 'eRI,eIO->eRO'
 
-  def body(r, out_mo):
-    index_ec = rows_of(r)
-    out_eco = jnp.einsum(form, _rows(lhs_mi, index_ec), rhs_eio).astype(out_mo.dtype)
-    return out_mo.at[index_ec].set(out_eco, mode='drop', unique_indices=False)
+  def body(r, out_MO):
+    index_eR = rows_of(r)
+    out_eRO = jnp.einsum(form, _rows(lhs_MI, index_eR), rhs_eIO).astype(out_MO.dtype)
+    return out_MO.at[index_eR].set(out_eRO, mode='drop', unique_indices=False)
 
-  out_dim = rhs_eio.shape[1] if transpose else rhs_eio.shape[2]
-  out_mo = partitioning.varying(jnp.zeros((lhs_mi.shape[0], out_dim), lhs_mi.dtype))
-  return jax.lax.fori_loop(0, count, body, out_mo)
+  out_dim = rhs_eIO.shape[1] if transpose else rhs_eIO.shape[2]
+  out_MO = partitioning.varying(jnp.zeros((lhs_MI.shape[0], out_dim), lhs_MI.dtype))
+  return jax.lax.fori_loop(0, count, body, out_MO)
 
 
-def padded_transposed_matmul(lhs_mi: Array, dout_mo: Array, start_e: Array, rows_e: Array) -> Array:
-  """float32 [e, i, o]; see `padded_matmul`."""
-  _, count, rows_of = _rounds(start_e, rows_e, lhs_mi.shape[0])
+def padded_transposed_matmul(lhs_MI: Array, dout_MO: Array, start_e: Array, rows_e: Array) -> Array:
+  """float32 [e, I, O]; see `padded_matmul`."""
+  _, count, rows_of = _rounds(start_e, rows_e, lhs_MI.shape[0])
 
-  def body(r, drhs_eio):
-    lhs_eci, dout_eco = _rows(lhs_mi, rows_of(r)), _rows(dout_mo, rows_of(r))
-    return drhs_eio + jnp.einsum(
-      'eci,eco->eio', lhs_eci, dout_eco, preferred_element_type=jnp.float32
+  def body(r, drhs_eIO):
+    lhs_eRI, dout_eRO = _rows(lhs_MI, rows_of(r)), _rows(dout_MO, rows_of(r))
+    return drhs_eIO + jnp.einsum(
+      'eRI,eRO->eIO', lhs_eRI, dout_eRO, preferred_element_type=jnp.float32
     )
 
-  shape = (rows_e.size, lhs_mi.shape[1], dout_mo.shape[1])
-  drhs_eio = partitioning.varying(jnp.zeros(shape, jnp.float32))
-  return jax.lax.fori_loop(0, count, body, drhs_eio)
+  shape = (rows_e.size, lhs_MI.shape[1], dout_MO.shape[1])
+  drhs_eIO = partitioning.varying(jnp.zeros(shape, jnp.float32))
+  return jax.lax.fori_loop(0, count, body, drhs_eIO)

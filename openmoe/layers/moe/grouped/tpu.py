@@ -22,36 +22,36 @@ def _interpret() -> bool:
   return partitioning.target()[0] != 'tpu'
 
 
-def matmul(lhs_mi: Array, rhs_eio: Array, rows_e: Array, transpose: bool) -> Array:
-  """[m, i] -> [m, o] in lhs's dtype (transposed: rhs is [e, o, i]); rows past the last are 0."""
+def matmul(lhs_MI: Array, rhs_eIO: Array, rows_e: Array, transpose: bool) -> Array:
+  """[M, I] -> [M, O] in lhs's dtype (transposed: rhs is [e, O, I]); rows past the last are 0."""
   # Imported when used: a CPU or GPU process has no use for the TPU dialect.
   from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
-  out_dim = rhs_eio.shape[1] if transpose else rhs_eio.shape[2]
-  out_mo = gmm(
-    lhs_mi,
-    rhs_eio,
+  out_dim = rhs_eIO.shape[1] if transpose else rhs_eIO.shape[2]
+  out_MO = gmm(
+    lhs_MI,
+    rhs_eIO,
     rows_e,
-    lhs_mi.dtype,
-    _tiling(lhs_mi.shape[1], out_dim),
+    lhs_MI.dtype,
+    _tiling(lhs_MI.shape[1], out_dim),
     transpose_rhs=transpose,
     interpret=_interpret(),
   )
   # The kernel leaves rows without an expert unwritten.
-  return jnp.where((jnp.arange(lhs_mi.shape[0]) < rows_e.sum())[:, None], out_mo, 0)
+  return jnp.where((jnp.arange(lhs_MI.shape[0]) < rows_e.sum())[:, None], out_MO, 0)
 
 
-def transposed_matmul(lhs_mi: Array, dout_mo: Array, rows_e: Array) -> Array:
-  """float32 [e, i, o]: per expert the sum over its rows of lhs^T dout; 0 without rows."""
+def transposed_matmul(lhs_MI: Array, dout_MO: Array, rows_e: Array) -> Array:
+  """float32 [e, I, O]: per expert the sum over its rows of lhs^T dout; 0 without rows."""
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-  drhs_eio = tgmm(
-    lhs_mi.swapaxes(0, 1),
-    dout_mo,
+  drhs_eIO = tgmm(
+    lhs_MI.swapaxes(0, 1),
+    dout_MO,
     rows_e,
     jnp.float32,
-    _tiling(lhs_mi.shape[1], dout_mo.shape[1]),
+    _tiling(lhs_MI.shape[1], dout_MO.shape[1]),
     interpret=_interpret(),
   )
   # An expert without rows is never visited, so its block is unwritten.
-  return jnp.where((rows_e > 0)[:, None, None], drhs_eio, 0)
+  return jnp.where((rows_e > 0)[:, None, None], drhs_eIO, 0)

@@ -1,0 +1,52 @@
+"""What the loop of a run works with."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from openmoe.checkpoint.checkpointer import Checkpointer
+from openmoe.config import TrainConfig
+from openmoe.feed import Feed
+from openmoe.observe.batches import BatchRecords
+from openmoe.observe.metrics import MetricsWriter
+from openmoe.observe.timeline import Timeline
+from openmoe.running.lease import Lease
+from openmoe.running.signals import Signals
+from openmoe.train_step import TrainState
+from openmoe.types import PyTree
+
+
+@dataclasses.dataclass
+class Running:
+  """What the loop of a run works with; all of it is open, and closed by train().
+
+  Attributes:
+    run: see openmoe.config.
+    step: optimizer steps done.
+    state: after that step, on the mesh.
+    step_fn: (state, batch) -> (state, metrics); it takes the state's memory.
+    evaluate: params -> validation metrics; None when that is off.
+    describe: step -> what its checkpoint says of the run.
+  """
+
+  run: TrainConfig
+  step: int
+  state: TrainState
+  step_fn: Callable
+  feed: Feed
+  evaluate: Callable[[PyTree], dict[str, float]] | None
+  checkpointer: Checkpointer
+  describe: Callable[[int], dict]
+  writer: MetricsWriter
+  signals: Signals
+  lease: Lease
+  timeline: Timeline
+  batches: BatchRecords | None
+
+  @contextlib.contextmanager
+  def aside(self, phase: str) -> Iterator[None]:
+    """Time spent inside is of this phase, and no time of training."""
+    with self.timeline.inside(phase, self.step), self.writer.paused():
+      yield
