@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import flax.traverse_util
-import jax
 import numpy as np
 
 from convert.core.forms import Form, fill
 from convert.core.names import Row, classifier_table, expected_shapes, name_table
 from convert.core.source import check_source, model_shapes
+from openmoe.classification.step import abstract_classifier
 from openmoe.config import ModelConfig
-from openmoe.models import abstract_params, empty_batch
-from openmoe.models.classifier import SequenceClassifier
+from openmoe.models import abstract_params
 from openmoe.types import PyTree
 
 
@@ -47,11 +46,8 @@ def load_classifier(
     config: of the backbone.
     num_classes: num_labels there.
   """
-  init = lambda: SequenceClassifier(config, num_classes).init(
-    jax.random.key(0), empty_batch(1, 8), False
-  )
-  leaves = flax.traverse_util.flatten_dict(jax.eval_shape(init)['params'], sep='/')
-  ours = {path: leaf.value.shape for path, leaf in leaves.items()}
+  leaves = flax.traverse_util.flatten_dict(abstract_classifier(config, num_classes)[0], sep='/')
+  ours = {path: leaf.shape for path, leaf in leaves.items()}
   rows = list(classifier_table(config))
   return _load(form, rows, expected_shapes(rows, ours), ours, dtype)
 

@@ -84,14 +84,7 @@ def load(
     raise ConfigError(f'dtype={dtype!r} is not one of {list(DTYPES)}; choose one of these.')
   if max_length is not None and max_length < 2:
     raise ConfigError(f'max_length={max_length} leaves no room for a token; give at least 2.')
-  path = epath.Path(checkpoint)
-  if not path.exists():
-    raise ConfigError(
-      f'{checkpoint} does not exist. Give a run directory, RUN/checkpoint_STEP, or a Hugging Face '
-      f'folder; `bash scripts/run_pretrain.sh` makes runs/openmoe_tiny.'
-    )
-  is_hf = (path / 'config.json').exists()
-  found = _open_hf(path, vocabulary) if is_hf else _open_run(path, vocabulary, model)
+  found = find(checkpoint, vocabulary, model)
   config = dataclasses.replace(found.config, dtype=dtype)
   mesh = inference_mesh(config, jax.devices(), num_model_partitions, num_expert_partitions)
   params = _placed(found.params(config, mesh), config, mesh, expert_form(config, mesh, capacity))
@@ -112,7 +105,7 @@ def load(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
+class Found:
   """A checkpoint whose parameters are not read yet.
 
   Attributes:
@@ -127,6 +120,22 @@ class _Found:
   row_length: int = 0
   chat_template: chat.ChatTemplate = chat.OPENMOE
   eos_ids: tuple[int, ...] = ()
+
+
+def find(checkpoint: str, vocabulary: str | None = None, model: str | None = None) -> Found:
+  """Opens a checkpoint; the arguments are load()'s.
+
+  Raises:
+    ConfigError: there is none, or its model or vocabulary is not known.
+  """
+  path = epath.Path(checkpoint)
+  if not path.exists():
+    raise ConfigError(
+      f'{checkpoint} does not exist. Give a run directory, RUN/checkpoint_STEP, or a Hugging Face '
+      f'folder; `bash scripts/run_pretrain.sh` makes runs/openmoe_tiny.'
+    )
+  is_hf = (path / 'config.json').exists()
+  return _open_hf(path, vocabulary) if is_hf else _open_run(path, vocabulary, model)
 
 
 def _shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> PyTree:
@@ -162,7 +171,7 @@ def _placed(
 # --- our own checkpoints
 
 
-def _open_run(path: epath.Path, vocabulary: str | None, model: str | None) -> _Found:
+def _open_run(path: epath.Path, vocabulary: str | None, model: str | None) -> Found:
   named = step_of(path)
   run = path if named is None else path.parent
   reader = Checkpointer(run, 1, None, read_only=True)
@@ -197,10 +206,10 @@ def _open_run(path: epath.Path, vocabulary: str | None, model: str | None) -> _F
       reader.close()
 
   jetmoe = config.architecture is Architecture.JETMOE
-  return _Found(
+  return Found(
     f'{config.name}:{step}',
     config,
-    TextTokenizer.open(vocabulary) if vocabulary else _described(run, told),
+    TextTokenizer.open(vocabulary) if vocabulary else described_vocabulary(run, told),
     params,
     start_id=told.start_id,
     row_length=told.row_length or 0,
@@ -209,13 +218,15 @@ def _open_run(path: epath.Path, vocabulary: str | None, model: str | None) -> _F
   )
 
 
-def _described(run: epath.Path, told: Description) -> TextTokenizer:
+def described_vocabulary(
+  run: epath.Path, told: Description, added: Mapping[str, int] | None = None
+) -> TextTokenizer:
   """The tokenizer that a description names, from the copy in the run directory if there is one."""
   record = told.vocabulary
   if record.kind == 'bytes':
     return byte_tokenizer(record.extra_ids, told.eos_ids[0])
   content = find_vocabulary(run, record)
-  return TextTokenizer.of(record.kind, content, str(run), told.eos_ids[0], record.extra_ids)
+  return TextTokenizer.of(record.kind, content, str(run), told.eos_ids[0], record.extra_ids, added)
 
 
 def _named(path: epath.Path, model: str | None, told: Mapping[str, Any]) -> ModelConfig:
@@ -238,7 +249,7 @@ def _as_config_error(read: Callable[[], Any]) -> Any:
 # --- Hugging Face folders
 
 
-def _open_hf(path: epath.Path, vocabulary: str | None) -> _Found:
+def _open_hf(path: epath.Path, vocabulary: str | None) -> Found:
   try:
     form = HfForm(path)
   except ConvertError as error:
@@ -252,7 +263,7 @@ def _open_hf(path: epath.Path, vocabulary: str | None) -> _Found:
   if jetmoe:
     start = _token(path, facts, 'bos_token_id', config, start)
   eos_ids = _eos_ids(path, facts, config, eos) if jetmoe or 'openmoe_step' in facts else eos
-  return _Found(
+  return Found(
     name,
     dataclasses.replace(config, name=name),
     TextTokenizer.open(vocabulary or str(path), eos_ids[0]),

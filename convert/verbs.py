@@ -8,6 +8,7 @@ Converts checkpoints between t5x, Hugging Face and ours, and checks them.
   python -m convert inspect X                                   tree, shapes, bytes, step
   python -m convert diff A B                                    what training changed
   python -m convert fsck X                                      is it sound
+  python -m convert classifier IN OUT                           of scripts.classify <-> transformers
 
 M is a name of gin/models, a JSON file with the fields of ModelConfig, or left out where the
 checkpoint tells its sizes. Exit codes: 0 done or sound, 1 a check failed, 64 cannot be done as
@@ -132,6 +133,14 @@ def _verify(args: argparse.Namespace) -> int:
   return EXIT_FAILED if problems else 0
 
 
+def _classifier(args: argparse.Namespace) -> int:
+  from convert import classifier  # opens tokenizers and a model, which nothing else here needs
+
+  line = classifier.convert(args.input, args.output)
+  _say(json.dumps({'path': args.output, 'made': line}) if args.json else line)
+  return 0
+
+
 def _common_config(a: Form, b: Form, model: str | None):
   """The sizes of whichever of the two tells them all."""
   try:
@@ -192,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     ('inspect', _inspect, ('path',), 'Shows tree, shapes, bytes and step.'),
     ('diff', _diff, ('a', 'b'), 'Tells what training changed from A to B.'),
     ('fsck', _fsck, ('path',), 'Tells whether a checkpoint is sound.'),
+    ('classifier', _classifier, ('input', 'output'), 'Makes a classifier of the other form.'),
   ):
     sub = verbs.add_parser(verb, doc=doc)
     for path in paths:

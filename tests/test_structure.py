@@ -28,7 +28,7 @@ ROOMS = {
   'optimizer': {'types', 'config'},
   'microbatches': {'types'},
   'train_step': _MODEL | {'losses', 'optimizer', 'microbatches'},
-  'classification': _STATE,
+  'classification': _STATE | {'data', 'checkpoint', 'inference'},
   'plan': _STATE | {'programme'},
   'data': {'types', 'config', 'programme', 'checkpoint', 'observe'},
   'feed': {'types', 'config', 'programme', 'data', 'partitioning'},

@@ -33,21 +33,6 @@ _AHEAD = 4
 _PATIENCE = 10.0
 
 
-def host_shards(num_shards: int, process_index: int, process_count: int) -> range:
-  """Shards owned by a host: contiguous, so that hosts hold contiguous rows of the global batch.
-
-  Raises:
-    ConfigError: if the hosts do not divide the shards.
-  """
-  if num_shards % process_count:
-    raise ConfigError(
-      f'num_shards={num_shards} is not a multiple of the {process_count} hosts: every host owns '
-      'the same number of logical shards. Change num_shards (a new data order) or the hosts.'
-    )
-  each = num_shards // process_count
-  return range(process_index * each, (process_index + 1) * each)
-
-
 def _check_shards(config: DataConfig, shard_ids: Sequence[int]) -> list[int]:
   ids = list(shard_ids)
   if not ids or sorted(set(ids)) != ids or ids[0] < 0 or ids[-1] >= config.num_shards:

@@ -90,6 +90,10 @@ class Vocabulary(seqio_private.LazySentencePieceVocabulary):
   def __hash__(self):
     return hash((self._path, self.extra_ids))
 
+  def model_file(self) -> tuple[str, bytes]:
+    """(name, content) of a model with the sentinels among its pieces."""
+    return _MODEL_NAMES[0], self.sp_model
+
   def fingerprint(self) -> str:
     """Tells vocabularies apart by content: a hash of pieces and sentinels."""
     return hashlib.sha256(self.sp_model).hexdigest()[:16]

@@ -6,6 +6,7 @@ import hashlib
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
@@ -19,6 +20,14 @@ _LARGEST = 64 << 20
 _BYTES = 256
 
 
+class Source(NamedTuple):
+  """What a tokenizer is made of, as TextTokenizer.of takes it."""
+
+  kind: str
+  content: bytes
+  extra_ids: int = 0
+
+
 class TextTokenizer:
   """What openmoe.inference.model.TextVocabulary asks for; adds no tokens of its own to a text.
 
@@ -27,6 +36,7 @@ class TextTokenizer:
     size: ids that have a piece.
     eos_id: ends a text.
     content: of the file, for the fingerprint.
+    source: what another such tokenizer can be made of.
     is_byte: whether an id is one byte of a character.
     added: tokens that were added to the tokenizer: text -> id.
   """
@@ -40,15 +50,16 @@ class TextTokenizer:
     size: int,
     eos_id: int,
     content: bytes,
+    source: Source,
     is_byte: Callable[[int], bool] = lambda token: False,
     added: Mapping[str, int] | None = None,
   ):
     self._encode, self._decode, self._size, self._content = encode, decode, size, content
-    self.eos_id, self._is_byte = eos_id, is_byte
-    self._added = dict(added or {})
-    self._of_id = {i: text for text, i in self._added.items()}
+    self.eos_id, self.source, self._is_byte = eos_id, source, is_byte
+    self.added = dict(added or {})
+    self._of_id = {i: text for text, i in self.added.items()}
     # Longest first, so that a token goes before another that it begins with.
-    names = sorted(map(re.escape, self._added), key=len, reverse=True)
+    names = sorted(map(re.escape, self.added), key=len, reverse=True)
     self._split = re.compile(f'({"|".join(names)})') if names else None
 
   @classmethod
@@ -103,7 +114,7 @@ class TextTokenizer:
       return list(self._encode(text))
     ids: list[int] = []
     for piece in self._split.split(text):
-      ids += [self._added[piece]] if piece in self._added else self._encode(piece) if piece else []
+      ids += [self.added[piece]] if piece in self.added else self._encode(piece) if piece else []
     return ids
 
   def decode(self, ids: Sequence[int]) -> str:
@@ -125,7 +136,7 @@ class TextTokenizer:
 
   def fingerprint(self) -> str:
     """Tells tokenizers apart by content."""
-    content = self._content + repr(sorted(self._added.items())).encode() * bool(self._added)
+    content = self._content + repr(sorted(self.added.items())).encode() * bool(self.added)
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -161,17 +172,18 @@ def added_tokens(folder: pathlib.Path) -> dict[str, int]:
 
 def byte_tokenizer(extra_ids: int, eos_id: int) -> TextTokenizer:
   """seqio's ByteVocabulary: ids 0 to 2 are special, 3 to 258 bytes."""
-  del extra_ids  # sentinels have no text
+  # Sentinels have no text.
   encode = lambda text: [byte + 3 for byte in text.encode()]
   decode = lambda ids: bytes(i - 3 for i in ids if i >= 3).decode('utf-8', 'ignore')
-  return TextTokenizer(
-    encode, decode, _BYTES + 3, eos_id, b'bytes', lambda token: 3 <= token < _BYTES + 3
-  )
+  is_byte = lambda token: 3 <= token < _BYTES + 3
+  source = Source('bytes', b'', extra_ids)
+  return TextTokenizer(encode, decode, _BYTES + 3, eos_id, b'bytes', source, is_byte)
 
 
 def _from_model(
   content: bytes, where: str, eos_id: int | None, extra_ids: int, added: Mapping[str, int] | None
 ) -> TextTokenizer:
+  source = Source('sentencepiece', content, extra_ids)
   try:
     if extra_ids:
       content = _with_sentinels(content, extra_ids)
@@ -182,7 +194,7 @@ def _from_model(
   size = pieces.get_piece_size()
   own = {text: i for text, i in (added or {}).items() if i >= size}
   is_byte = lambda token: token < size and pieces.is_byte(token)
-  return TextTokenizer(pieces.encode, pieces.decode, size, eos, content, is_byte, own)
+  return TextTokenizer(pieces.encode, pieces.decode, size, eos, content, source, is_byte, own)
 
 
 def _with_sentinels(content: bytes, extra_ids: int) -> bytes:
@@ -212,4 +224,5 @@ def _from_json(content: bytes, where: str, eos_id: int | None) -> TextTokenizer:
     raise ConfigError(f'{where} is no tokenizer.json: {str(error)[:200]!r}') from error
   encode = lambda text: fast.encode(text, add_special_tokens=False).ids
   is_byte = lambda token: bool(re.fullmatch('<0x[0-9A-F]{2}>', fast.id_to_token(token) or ''))
-  return TextTokenizer(encode, fast.decode, fast.get_vocab_size(), eos_id, content, is_byte)
+  size, source = fast.get_vocab_size(), Source('tokenizer.json', content)
+  return TextTokenizer(encode, fast.decode, size, eos_id, content, source, is_byte)

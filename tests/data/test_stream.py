@@ -19,7 +19,6 @@ from openmoe.data.shard import shard_name
 from openmoe.data.stream import (
   ShardedStream,
   evaluation_batches,
-  host_shards,
   padding_batch,
 )
 from tests.data import case
@@ -227,8 +226,6 @@ def test_unknown_names_are_refused_with_the_nearest(config):
     ShardedStream(dataclasses.replace(config, mixture_or_task_name='stream_mux'), [0])
   with pytest.raises(ConfigError, match="no split 'test'"):
     ShardedStream(dataclasses.replace(config, split='test'), [0])
-  with pytest.raises(ConfigError, match='not a multiple of the 3 hosts'):
-    host_shards(8, 0, 3)
 
 
 def test_closing_stops_the_thread(config):

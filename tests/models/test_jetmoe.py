@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from openmoe import partitioning
-from openmoe.classification import classification_step
+from openmoe.classification.step import classification_step
 from openmoe.config import ConfigError, MeshConfig, ModelConfig, MoEConfig
 from openmoe.models import abstract_params, build_model
 from openmoe.models.classifier import SequenceClassifier

@@ -1,4 +1,4 @@
-"""Training of models.classifier: loss and step, pure functions as in train_step.py."""
+"""Training of models.classifier: shapes, loss and step, pure functions as in train_step.py."""
 
 from __future__ import annotations
 
@@ -7,10 +7,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from openmoe import partitioning
 from openmoe.config import ModelConfig
 from openmoe.losses import router_losses
+from openmoe.models import empty_batch
+from openmoe.models.classifier import SequenceClassifier
 from openmoe.train_step import TrainState
 from openmoe.types import Array, Batch, PyTree
+
+
+def abstract_classifier(config: ModelConfig, num_classes: int) -> tuple[PyTree, PyTree]:
+  """(shapes, logical axes) of the parameters, without allocating any."""
+  model = SequenceClassifier(config, num_classes)
+  with partitioning.without_mesh():
+    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), empty_batch(1, 8), False))
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+  axes = jax.tree.map(lambda box: tuple(box.names), boxed['params'], is_leaf=is_box)
+  return nn.unbox(boxed['params']), axes
 
 
 def classification_loss(

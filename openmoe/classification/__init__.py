@@ -1,0 +1,1 @@
+"""Classifying texts: records, training of models.classifier, probabilities and scores."""
