@@ -20,9 +20,10 @@ import numpy as np
 
 from convert.core.forms import Form, fill
 from convert.core.names import Row, name_table
-from openmoe.config import Architecture, Dispatch, ModelConfig, MoEConfig, RouterOrder
+from openmoe.config import Architecture, Dispatch, ModelConfig, MoEConfig
 from openmoe.layers.dense import RMSNorm
-from openmoe.layers.moe.router import Router, assign_slots
+from openmoe.layers.moe.override import weights_of
+from openmoe.layers.moe.router import Router, route
 from openmoe.models.common import BlockContext
 from openmoe.models.jetmoe import JetMoEBlock
 from openmoe.models.openmoe import Block
@@ -118,15 +119,8 @@ class _Parameters:
 
 def _along(routing: Routing, logits_gte: Array, index_gtk: Array, config: MoEConfig) -> Routing:
   """A router's decision with other experts in place of its own choice."""
-  taken = lambda x_gte: jnp.take_along_axis(x_gte, index_gtk, axis=-1)
-  if config.router_order is RouterOrder.SOFTMAX_TOP_K:
-    weights_gtk = taken(jax.nn.softmax(logits_gte, axis=-1))
-  else:
-    weights_gtk = jax.nn.softmax(taken(logits_gte), axis=-1)
-  slots_gtk = assign_slots(index_gtk, None, config.num_experts)
-  return routing.replace(
-    expert_index_gtk=index_gtk, combine_weights_gtk=weights_gtk, slot_gtk=slots_gtk
-  )
+  weights_gtk = weights_of(logits_gte, index_gtk, config.router_order)
+  return route(logits_gte, None, config, routing.capacity, (weights_gtk, index_gtk))
 
 
 def _block(config: ModelConfig, sparse: bool) -> Callable[[PyTree, Array, BlockContext], Array]:

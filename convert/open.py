@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 
 from convert import sizes
 from convert.core.names import NamesError
+from convert.core.source import find_form
 from convert.core.tensors import ConvertError
 from convert.formats.hf import HfForm
 from convert.load import load_params
@@ -102,6 +103,17 @@ def load(
     chat_template=found.chat_template,
     eos_ids=found.eos_ids,
   )
+
+
+def provenance(checkpoint: str) -> dict[str, int | None]:
+  """Step and tokens of training of a checkpoint of any form, as far as it tells them.
+
+  Raises:
+    ConfigError: it cannot be read.
+  """
+  form = _as_config_error(lambda: find_form(checkpoint))
+  told = getattr(form, 'description', None)
+  return {'step': form.step, 'tokens_seen': told.tokens_seen if told else None}
 
 
 @dataclasses.dataclass(frozen=True)

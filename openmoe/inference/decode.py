@@ -22,10 +22,13 @@ import numpy as np
 from openmoe import partitioning
 from openmoe.config import ConfigError, Dispatch, ModelConfig
 from openmoe.inference.cpu_experts import run_experts
+from openmoe.layers.moe.override import overriding
 from openmoe.models import build_model
-from openmoe.models.common import Cache
+from openmoe.models.common import Cache, ModelOutput
 from openmoe.models.decoding import init_decode_cache
 from openmoe.types import Array, PyTree, RouterStats
+
+OVERRIDE = 'override'  # among parameters: what is done to the routers' decisions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +97,19 @@ def decoder(config: ModelConfig, tokens: int) -> nn.Module:
     size = next(n for n in range(min(config.moe.group_size, tokens), 0, -1) if tokens % n == 0)
     config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, group_size=size))
   return build_model(config, run_experts=run_experts)
+
+
+def run_decoder(params: PyTree, config: ModelConfig, tokens_bt: Array, *args) -> ModelOutput:
+  """One call of the model's `decode`.
+
+  Args:
+    params: as decoding.unstack gives them; under OVERRIDE, what is done to the routers' decisions.
+    args: positions, mask, cache and slot.
+  """
+  weights = {name: leaf for name, leaf in params.items() if name != OVERRIDE}
+  with overriding(params.get(OVERRIDE)):
+    model = decoder(config, tokens_bt.size)
+    return model.apply({'params': weights}, tokens_bt, *args, method='decode')
 
 
 def sample(
@@ -195,15 +211,8 @@ def prefill(
   real_bt = jnp.arange(t) < length_b[:, None]
   mask_bts = jnp.tril(jnp.ones((t, t), bool)) & real_bt[..., None]
   positions_bt = jnp.where(real_bt, jnp.arange(t), -1)
-  out = decoder(config, b * t).apply(
-    {'params': params},
-    tokens_bt,
-    positions_bt,
-    mask_bts,
-    init_decode_cache(config, b, t + extra_slots),
-    0,
-    method='decode',
-  )
+  cache = init_decode_cache(config, b, t + extra_slots)
+  out = run_decoder(params, config, tokens_bt, positions_bt, mask_bts, cache, 0)
   last_b11 = jnp.maximum(length_b - 1, 0)[:, None, None]
   hidden_bd = jnp.take_along_axis(out.hidden_btd, last_b11, axis=1)[:, 0]
   drops = Drops.none().add(config, out.router_stats, jnp.sum(length_b))
@@ -238,7 +247,6 @@ def _loop(params, config, state: State, limit, program, temperature, top_p, eos_
   """Steps until `limit` tokens are there or every row is done."""
   t, n = state.prompt_slots, state.tokens_bW.shape[1]
   slot_s = jnp.arange(t + n)
-  model = decoder(config, state.length_b.shape[0])
 
   def body(state: State) -> State:
     last = state.step - 1  # of the token that is fed
@@ -246,9 +254,8 @@ def _loop(params, config, state: State, limit, program, temperature, top_p, eos_
     position_b1 = jnp.where(state.done_b, -1, state.length_b + last)[:, None]
     new_s = (slot_s >= t) & (slot_s <= t + last)
     mask_b1s = ((slot_s < state.length_b[:, None]) | new_s)[:, None]
-    out = model.apply(
-      {'params': params}, token_b1, position_b1, mask_b1s, state.cache, t + last, method='decode'
-    )
+    where = (position_b1, mask_b1s, state.cache, t + last)
+    out = run_decoder(params, config, token_b1, *where)
     state = state.replace(
       cache=out.cache, drops=state.drops.add(config, out.router_stats, jnp.sum(~state.done_b))
     )

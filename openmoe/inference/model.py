@@ -8,6 +8,7 @@ count padding, and draws are keyed by a request's own tokens.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -23,10 +24,11 @@ import numpy as np
 from openmoe import partitioning
 from openmoe.config import ConfigError, Dispatch, ModelConfig
 from openmoe.inference.chat import OPENMOE, ChatTemplate, Messages
-from openmoe.inference.decode import Drops, Sampling, bucket, inference_config
+from openmoe.inference.decode import OVERRIDE, Drops, Sampling, bucket, inference_config
 from openmoe.inference.placement import cast, expert_form, fingerprint, turn_experts
 from openmoe.inference.rows import Generation, Rows
 from openmoe.inference.scoring import score
+from openmoe.layers.moe.override import Override
 from openmoe.models.decoding import unstack
 from openmoe.types import PyTree
 
@@ -97,6 +99,7 @@ class LanguageModel:
     eos_ids: tokens that end a text; none given means the vocabulary's.
 
   Attributes:
+    trained_config: as given; `config` is what inference makes of it.
     dropped_fraction: share of (token, choice) pairs that found no slot so far; 0.0 when dropless.
   """
 
@@ -116,7 +119,7 @@ class LanguageModel:
     chat_template: ChatTemplate = OPENMOE,
     eos_ids: Sequence[int] = (),
   ):
-    self.config = inference_config(config, capacity)
+    self.trained_config, self.config = config, inference_config(config, capacity)
     self.vocabulary, self.start_id, self.max_length = vocabulary, start_id, max_length
     self.name = name or config.name
     self.mesh, self.chat_template = mesh, chat_template
@@ -126,17 +129,40 @@ class LanguageModel:
     self._warned = False
     if not unstacked:
       params = unstack(params, config, expert_form(config, mesh, capacity))
-    with self._on_mesh():
+    with self.on_mesh():
       params = jax.tree.map(jnp.asarray, cast(params, config))
       self.params = params if mesh is not None else turn_experts(params)
 
-  def _on_mesh(self):
+  def on_mesh(self) -> contextlib.AbstractContextManager:
+    """The context in which its parameters are used."""
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
   @cached_property
   def fingerprint(self) -> str:
     """sha256 of configuration and parameters as they are held; takes a second per gigabyte."""
-    return fingerprint(self.config, self.params)
+    own = {name: leaf for name, leaf in self.params.items() if name != OVERRIDE}
+    found, override = fingerprint(self.config, own), self.params.get(OVERRIDE)
+    return found if override is None else override.fingerprint(found)
+
+  def overridden(self, override: Override | None, **routing) -> LanguageModel:
+    """The same weights with other decisions of the routers; shares memory with this model.
+
+    Args:
+      override: what is done to the decisions; None for nothing.
+      routing: fields of MoEConfig in place of the model's: top_k, eval_capacity_factor.
+    """
+    other = copy.copy(self)
+    other.__dict__.pop('fingerprint', None)
+    moe = lambda config: dataclasses.replace(config.moe, **routing)
+    if routing:
+      other.config = dataclasses.replace(self.config, moe=moe(self.config))
+      other.trained_config = dataclasses.replace(self.trained_config, moe=moe(self.trained_config))
+    own = {name: leaf for name, leaf in self.params.items() if name != OVERRIDE}
+    other.params = own if override is None else {**own, OVERRIDE: override}
+    other.name = f'{self.name}*'  # results of it are never taken for the model's own
+    other._dropped = other._routed = 0.0
+    other._warned = False
+    return other
 
   @property
   def dropped_fraction(self) -> float:
@@ -261,7 +287,7 @@ class LanguageModel:
     for r, (context, continuation) in enumerate(requests):
       targets[r, : len(continuation)] = continuation
       counts[r], context_A[r] = len(continuation), index[tuple(context)]
-    with self._on_mesh():
+    with self.on_mesh():
       out = score(self.params, tokens, lengths, context_A, targets, counts, config=self.config)
       log_probs, greedy = np.asarray(out.log_probs_AW), np.asarray(out.greedy_AW)
     self._note_drops(out.drops)

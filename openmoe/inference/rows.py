@@ -80,7 +80,7 @@ class Rows:
     }
     real = np.repeat(self._lengths > 0, self._samples)
     shown = ''
-    with model._on_mesh():
+    with model.on_mesh():
       limit = min(every, most)
       state = start(
         model.params,

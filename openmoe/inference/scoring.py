@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from openmoe import partitioning
 from openmoe.config import ModelConfig
-from openmoe.inference.decode import Drops, decoder, output_logits, prefill
+from openmoe.inference.decode import Drops, output_logits, prefill, run_decoder
 from openmoe.types import Array, PyTree
 
 LOGITS = 1 << 27  # numbers of a block of logits; with a large vocabulary all would not fit
@@ -35,7 +35,7 @@ def _continued(
   params: PyTree, config: ModelConfig, cache, length_A: Array, tokens_At: Array, count_A: Array
 ):
   """Reads t tokens behind cached contexts: (hidden [A, t, d], statistics)."""
-  r, t = tokens_At.shape
+  t = tokens_At.shape[1]
   first = cache[0].value.shape[2] - t  # slots of the contexts
   slot_s, place_t = jnp.arange(first + t), jnp.arange(t)
   real_At = place_t < count_A[:, None]
@@ -43,9 +43,7 @@ def _continued(
   own_ts = (slot_s >= first) & (slot_s <= first + place_t[:, None])
   mask_Ats = (context_As[:, None] | own_ts) & real_At[..., None]
   positions_At = jnp.where(real_At, length_A[:, None] + place_t, -1)
-  out = decoder(config, r * t).apply(
-    {'params': params}, tokens_At, positions_At, mask_Ats, cache, first, method='decode'
-  )
+  out = run_decoder(params, config, tokens_At, positions_At, mask_Ats, cache, first)
   return out.hidden_btd, out.router_stats
 
 

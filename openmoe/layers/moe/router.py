@@ -105,7 +105,11 @@ def _mean_over_tokens(x_gte: Array, valid_gt: Array | None) -> Array:
 
 
 def route(
-  router_logits_gte: Array, valid_gt: Array | None, config: MoEConfig, capacity: int | None
+  router_logits_gte: Array,
+  valid_gt: Array | None,
+  config: MoEConfig,
+  capacity: int | None,
+  chosen: tuple[Array, Array] | None = None,
 ) -> Routing:
   """Top-k choices, combine weights, slots and statistics.
 
@@ -113,10 +117,13 @@ def route(
     router_logits_gte: float32.
     valid_gt: bool; False tokens are not routed and count in nothing. None routes everything.
     capacity: slots per expert and group; None means that every choice is served.
+    chosen: (combine weights, experts) [g, t, k] in place of the router's own (override.py).
   """
   e, k = config.num_experts, config.top_k
   probs_gte = jax.nn.softmax(router_logits_gte, axis=-1)
-  if config.router_order is RouterOrder.SOFTMAX_TOP_K:
+  if chosen is not None:
+    weights_gtk, index_gtk = chosen
+  elif config.router_order is RouterOrder.SOFTMAX_TOP_K:
     weights_gtk, index_gtk = top_k(probs_gte, k)  # raw, not renormalised over the k
   else:
     top_logits_gtk, index_gtk = top_k(router_logits_gte, k)

@@ -1,1 +1,0 @@
-"""Gin files of t5x and flaxformer, said in our names; nothing is imported or run."""
