@@ -88,9 +88,11 @@ def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
   """
   expert, model = config.num_expert_partitions, config.num_model_partitions
   if device_count % (expert * model):
+    fitting = [e for e in range(expert, 0, -1) if device_count % (e * model) == 0]
+    near = f' It is no upper bound, as in t5x; here {fitting[0]} fits.' if fitting else ''
     raise ConfigError(
       f'{device_count} devices cannot be split into NUM_EXPERT_PARTITIONS={expert} x '
-      f'NUM_MODEL_PARTITIONS={model} = {expert * model}: the product must divide the devices.'
+      f'NUM_MODEL_PARTITIONS={model} = {expert * model}: the product must divide the devices.{near}'
     )
   return device_count // (expert * model), expert, model
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import gin
 import jax
@@ -63,14 +63,20 @@ def _find(name: str, where: Sequence) -> files.epath.Path:
   try:
     return files.find(name, where, f'--gin_file={name}')
   except ConfigError as error:
-    stem = name.rsplit('/', 1)[-1].removesuffix('.gin')
-    if stem not in hints.RUN_FILES:
+    if not (ours := hints.run_file(name)):
       raise
-    ours = hints.RUN_FILES[stem]
-    raise ConfigError(
-      f'--gin_file={name}: that run of the original is gin/experiments/{ours}.gin here, after its '
-      'gin/models and gin/runs/pretrain.gin.'
-    ) from error
+    raise ConfigError(f'--gin_file={name}: {ours}') from error
+
+
+def _read(name: str, where: Sequence) -> Iterator[files.Part]:
+  """The parts of a gin file; one of t5x is refused before its own includes are looked for."""
+  for part in files.parts(_find(name, where), where):
+    if imported := hints.T5X_IMPORT.search(part.own):
+      raise ConfigError(
+        f'{part.path} is a gin file of t5x ({imported[0]}): '
+        f'`python -m scripts.import_gin {name}` says the same in our names. {hints.run_file(name)}'
+      )
+    yield part
 
 
 def _check_macros(found: Sequence[files.Part], bindings: Sequence[str]) -> None:
@@ -100,7 +106,7 @@ def parse() -> None:
   for binding in bindings:
     if wrong := hints.wrong_value(binding):
       raise ConfigError(wrong)
-  found = [part for name in _FILES.value for part in files.parts(_find(name, where), where)]
+  found = [part for name in _FILES.value for part in _read(name, where)]
   _check_macros(found, bindings)
   missing = files.required([*(part.own for part in found), *bindings])
   if missing:

@@ -24,23 +24,31 @@ MACROS = {
   'USE_CACHED_TASKS': 'is train/config.DataConfig.use_cached here',
   'SHUFFLE_TRAIN_EXAMPLES': 'is train/config.DataConfig.shuffle here',
   'MIXTURE_OR_TASK_MODULE': 'is an import in a gin file here',
+  'VOCABULARY': 'is a path here, read by experiments that include gin/mixtures/umt5.gin',
   'TRAIN_STEPS_RELATIVE': 'has no counterpart; TRAIN_STEPS counts all steps',
   'NUM_EXPERTS': 'is config.MoEConfig.num_experts here',
   'GROUP_SIZE': 'is config.MoEConfig.group_size here',
-  'TRAIN_CAPACITY_FACTOR': 'is config.MoEConfig.capacity_factor here',
-  'EVAL_CAPACITY_FACTOR': 'is config.MoEConfig.eval_capacity_factor here',
+  'TRAIN_EXPERT_CAPACITY_FACTOR': 'is config.MoEConfig.capacity_factor here',
+  'EVAL_EXPERT_CAPACITY_FACTOR': 'is config.MoEConfig.eval_capacity_factor here',
+  'JITTER_NOISE': 'is config.MoEConfig.jitter_noise here',
   'NUM_SELECTED_EXPERTS': 'is config.MoEConfig.top_k here',
   'AUX_LOSS_FACTOR': 'is config.MoEConfig.load_balance_weight here',
   'ROUTER_Z_LOSS_FACTOR': 'is config.MoEConfig.router_z_weight here',
   'EMBED_DIM': 'is config.ModelConfig.embed_dim here',
   'MLP_DIM': 'is config.ModelConfig.mlp_dim here',
+  'EXPERT_MLP_DIM': 'is config.ModelConfig.mlp_dim here, of dense and sparse layers alike',
+  'NUM_EMBEDDINGS': 'is config.ModelConfig.vocab_size here',
+  'SCALE': 'is config.ModelConfig.init_scale here',
+  'ACTIVATION_DTYPE': 'is config.ModelConfig.dtype here',
+  'MOE_TRUNCATED_DTYPE': 'is config.ModelConfig.dtype here',
+  'EXPERT_DROPOUT_RATE': 'is DROPOUT_RATE here, of all layers alike',
   'NUM_HEADS': 'is config.ModelConfig.num_heads here',
   'HEAD_DIM': 'is config.ModelConfig.head_dim here',
   'NUM_LAYERS': 'is config.ModelConfig.num_layers here',
   'NUM_DECODER_LAYERS': 'is config.ModelConfig.num_layers here',
   'NUM_SPARSE_LAYERS': 'is config.ModelConfig.num_sparse_layers here',
   'NUM_DECODER_SPARSE_LAYERS': 'is config.ModelConfig.num_sparse_layers here',
-  'Z_LOSS': f'{_FIXED} at 1e-4',
+  'Z_LOSS': 'is config.ModelConfig.logit_z_weight here',
   'LABEL_SMOOTHING': f'{_FIXED} at 0',
   'LOSS_NORMALIZING_FACTOR': f'{_FIXED}: the number of real tokens',
 }
@@ -52,6 +60,9 @@ BINDINGS = {
   'train.random_seed': 'is SEED here',
   'train.model_dir': 'is MODEL_DIR here',
   'trainer.Trainer.num_microbatches': 'is NUM_MICROBATCHES here',
+  'moe_trainer.MoeTrainer.num_microbatches': 'is NUM_MICROBATCHES here',
+  'moe_trainer.': 'has no counterpart; config.TrainConfig and config.OptimizerConfig are near',
+  'moe_partitioning.': 'is config.MeshConfig here',
   'trainer.': 'has no counterpart; config.TrainConfig and config.OptimizerConfig are near',
   'utils.SaveCheckpointConfig.period': 'is CHECKPOINT_PERIOD here',
   'utils.SaveCheckpointConfig.keep': 'is KEEP_CHECKPOINTS here',
@@ -73,6 +84,7 @@ FLAGS = {
   'fdl_tags': 'give gin files',
   'run_mode': 'each mode is a script here: scripts.train, scripts.evaluate, scripts.generate',
 }
+T5X_IMPORT = re.compile(r'^\s*(from|import)\s+(t5x|flaxformer|__main__)\b.*', re.MULTILINE)
 # The original's run files, and the experiment that says the same here.
 RUN_FILES = {
   'openmoe_base': 'openmoe_base',
@@ -82,6 +94,9 @@ RUN_FILES = {
   'openmoe_base_wo_ul2': 'openmoe_base_wo_ul2',
   'openmoe_large': 'openmoe_8b',
   'openmoe_large_stage2': 'openmoe_8b',
+  'openmoe_large_full_lm_stage2': 'openmoe_8b',
+  'openmoe_large_orca_sft': 'openmoe_8b_orca_sft',
+  'openmoe_large_wildchat_sft': 'openmoe_8b_wildchat_sft',
   'openmoe_xl': 'openmoe_34b',
   'openllama_base': 'openllama_base',
   'openllama_large': 'openllama_large',
@@ -90,11 +105,22 @@ RUN_FILES = {
 
 def counterpart(name: str) -> str | None:
   """What a macro or binding of t5x is here, as a sentence, or None where t5x has none."""
-  bare = name.rsplit('/', 1)[-1]
+  bare = name.rsplit('/', 1)[-1].removeprefix('train_script.')
   if bare in MACROS:
     return f'{name} of t5x {MACROS[bare]}.'
   fitting = [start for start in BINDINGS if bare.startswith(start)]
   return f'{name} of t5x {BINDINGS[max(fitting, key=len)]}.' if fitting else None
+
+
+def run_file(name: str) -> str:
+  """Which experiment is a run file of the original here, '' for any other file."""
+  ours = RUN_FILES.get(name.rsplit('/', 1)[-1].removesuffix('.gin'))
+  if ours is None:
+    return ''
+  return (
+    f'That run of the original is gin/experiments/{ours}.gin here, after its gin/models and '
+    'gin/runs/pretrain.gin.'
+  )
 
 
 def of_flag(message: str) -> str:
