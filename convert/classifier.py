@@ -29,7 +29,7 @@ from convert.formats import hf_config
 from convert.formats.hf import HfForm
 from convert.formats.safetensor import SafetensorsFile
 from convert.load import load_classifier
-from convert.open import described_vocabulary
+from convert.open import described_tokenizer
 from openmoe.checkpoint import description, safe_json
 from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.checkpoint.paths import PARTIAL, Unreadable, is_remote, write_whole
@@ -83,7 +83,7 @@ def save(classifier: Classifier, out: str) -> None:
   """
   words = classifier.vocabulary
   kind, content, extra_ids = words.source
-  record = description.vocabulary_record(kind, '', extra_ids, content)
+  record = description.vocabulary_record(kind, '', extra_ids, content, words.added)
   told = description.Description(
     classifier.config,
     vocabulary=record,
@@ -91,7 +91,7 @@ def save(classifier: Classifier, out: str) -> None:
     start_id=classifier.start_id,
     eos_ids=(int(words.eos_id),),
   )
-  facts = {'labels': list(classifier.labels), 'added_tokens': dict(words.added)}
+  facts = {'labels': list(classifier.labels)}
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), classifier.params)
   state = TrainState(jnp.zeros((), jnp.int32), params, ())
   who = description.identity(classifier.config) | {'labels': list(classifier.labels)}
@@ -131,9 +131,6 @@ def _open_ours(folder: epath.Path, vocabulary: str | None, dtype: str) -> Classi
   where = str(folder / FILE)
   facts = safe_json.read(folder / FILE)
   labels = _checked(safe_json.field(facts, 'labels', list, where), where)
-  added = safe_json.field(facts, 'added_tokens', dict, where, default={})
-  if not all(type(token) is int for token in added.values()):
-    raise Unreadable(f'{where}: added_tokens must be texts with whole numbers.')
   with contextlib.closing(Checkpointer(folder, 1, None, read_only=True)) as reader:
     step = reader.latest_step()
     told = None if step is None else reader.describe(step)
@@ -149,10 +146,7 @@ def _open_ours(folder: epath.Path, vocabulary: str | None, dtype: str) -> Classi
       raise Unreadable(f'{folder}: row_length {length} must be in 2..{LONGEST}.')
     shapes, _ = abstract_classifier(told.model, len(labels))
     params = reader.restore_params(step, shapes)
-  if vocabulary:
-    words = TextTokenizer.open(vocabulary, told.eos_ids[0])
-  else:
-    words = described_vocabulary(folder, told, added)
+  words = described_tokenizer(folder, told, vocabulary)
   config = dataclasses.replace(told.model, dtype=dtype)
   return Classifier(config, params, labels, words, told.start_id, length)
 
@@ -184,18 +178,12 @@ def _open_published(folder: epath.Path, vocabulary: str | None, dtype: str) -> C
   labels = _published_labels(facts, head.shape[0], where)
   config = dataclasses.replace(sizes.of_form(form, None), dtype=dtype)
   params = load_classifier(form, config, len(labels), np.dtype(np.float32))
-  # JetMoeConfig leaves out its defaults.
-  start, eos = (facts.get('bos_token_id'), facts.get('eos_token_id'))
-  eos = eos[0] if isinstance(eos, list) and eos else eos
-  start, eos = (1 if start is None else start), (2 if eos is None else eos)
-  length = facts.get('max_position_embeddings', 4096)
-  tokens = {'bos_token_id': start, 'eos_token_id': eos, 'max_position_embeddings': length}
-  for name in tokens:
-    safe_json.field(tokens, name, int, where)
-  if start >= config.vocab_size or not 2 <= length <= LONGEST:
-    raise Unreadable(f'{where}: bos_token_id {start} or max_position_embeddings {length} is wrong.')
-  words = TextTokenizer.open(vocabulary or str(folder), eos)
-  return Classifier(config, jax.tree.map(jnp.asarray, params), labels, words, start, length)
+  told = form.describe(config)
+  length = told.row_length or 4096
+  if not 2 <= length <= LONGEST:
+    raise Unreadable(f'{where}: max_position_embeddings={length} must be in 2..{LONGEST}.')
+  words = TextTokenizer.open(vocabulary or str(folder), told.eos_ids[0])
+  return Classifier(config, jax.tree.map(jnp.asarray, params), labels, words, told.start_id, length)
 
 
 def _published_labels(facts: Mapping[str, Any], count: int, where: str) -> tuple[Label, ...]:
@@ -248,7 +236,12 @@ def _export(classifier: Classifier, out: str) -> None:
   words, labels = classifier.vocabulary, classifier.labels
   if words.source.extra_ids or words.added:
     raise ConvertError(f'{out}: the vocabulary has tokens beside its file, which no file holds.')
-  tokens = {'bos_token_id': classifier.start_id, 'eos_token_id': int(words.eos_id)}
+  told = description.Description(
+    classifier.config,
+    start_id=classifier.start_id,
+    eos_ids=(int(words.eos_id),),
+    row_length=classifier.max_length,
+  )
   # Numbers 0, 1, ... are transformers' own names, LABEL_0 and so on.
   numbered = labels == tuple(range(len(labels)))
   if not numbered and not all(isinstance(label, str) for label in labels):
@@ -257,11 +250,10 @@ def _export(classifier: Classifier, out: str) -> None:
       'tell from texts; train with texts.'
     )
   names = {str(i): f'LABEL_{i}' if numbered else label for i, label in enumerate(labels)}
-  facts = hf_config.to_hf(classifier.config, 'float32', None, tokens) | {
+  facts = hf_config.to_hf(told, 'float32', None) | {
     'architectures': [PUBLISHED],
     'id2label': names,
     'label2id': {name: int(i) for i, name in names.items()},
-    'max_position_embeddings': classifier.max_length,
   }
   with _whole_or_absent(out) as place:
     layout = [(name, value.shape, value.dtype) for name, value in tensors.items()]

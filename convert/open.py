@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,21 +25,21 @@ from convert.core.tensors import ConvertError
 from convert.formats.hf import HfForm
 from convert.load import load_params
 from openmoe import partitioning
-from openmoe.checkpoint import safe_json
 from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.checkpoint.description import (
   Description,
+  check_vocabulary,
   find_vocabulary,
   identity,
   identity_differences,
   undescribed,
 )
-from openmoe.checkpoint.paths import Unreadable, step_of
+from openmoe.checkpoint.paths import step_of
 from openmoe.config import Architecture, ConfigError, ModelConfig
 from openmoe.inference import chat
 from openmoe.inference.model import LanguageModel
 from openmoe.inference.placement import cast, expert_form, inference_mesh
-from openmoe.inference.tokenizer import TextTokenizer, byte_tokenizer
+from openmoe.inference.tokenizer import TextTokenizer, byte_tokenizer, read_tokenizer
 from openmoe.models import abstract_params
 from openmoe.models.decoding import unstack
 from openmoe.types import PyTree
@@ -86,22 +85,23 @@ def load(
   if max_length is not None and max_length < 2:
     raise ConfigError(f'max_length={max_length} leaves no room for a token; give at least 2.')
   found = find(checkpoint, vocabulary, model)
-  config = dataclasses.replace(found.config, dtype=dtype)
+  told = found.told
+  config = dataclasses.replace(told.model, dtype=dtype)
   mesh = inference_mesh(config, jax.devices(), num_model_partitions, num_expert_partitions)
   params = _placed(found.params(config, mesh), config, mesh, expert_form(config, mesh, capacity))
   return LanguageModel(
     config,
     params,
     found.vocabulary,
-    start_id=found.start_id,
-    max_length=max_length or max(found.row_length, CONTEXT[config.architecture]),
+    start_id=told.start_id,
+    max_length=max_length or max(told.row_length or 0, CONTEXT[config.architecture]),
     name=found.name,
     mesh=mesh,
     capacity=capacity,
     batch_rows=batch_rows,
     unstacked=True,
     chat_template=found.chat_template,
-    eos_ids=found.eos_ids,
+    eos_ids=told.eos_ids,
   )
 
 
@@ -121,17 +121,20 @@ class Found:
   """A checkpoint whose parameters are not read yet.
 
   Attributes:
+    told: what it says of itself.
     params: (config, mesh) -> scanned tree of host or device arrays.
   """
 
   name: str
-  config: ModelConfig
-  vocabulary: Any
-  params: Any
-  start_id: int = 0
-  row_length: int = 0
-  chat_template: chat.ChatTemplate = chat.OPENMOE
-  eos_ids: tuple[int, ...] = ()
+  told: Description
+  vocabulary: TextTokenizer
+  params: Callable[[ModelConfig, jax.sharding.Mesh | None], PyTree]
+
+  @property
+  def chat_template(self) -> chat.ChatTemplate:
+    if self.told.chat:
+      return chat.of_record(self.told.chat)
+    return chat.JETMOE if self.told.model.architecture is Architecture.JETMOE else chat.OPENMOE
 
 
 def find(checkpoint: str, vocabulary: str | None = None, model: str | None = None) -> Found:
@@ -195,7 +198,8 @@ def _open_run(path: epath.Path, vocabulary: str | None, model: str | None) -> Fo
         'Face folder.'
       )
     told = reader.describe(step)
-    if told is None:
+    described = told is not None
+    if not described:
       told = Description(_named(run / f'checkpoint_{step}', model, reader.identity(step)))
   finally:
     reader.close()
@@ -205,6 +209,11 @@ def _open_run(path: epath.Path, vocabulary: str | None, model: str | None) -> Fo
       f'{run}/checkpoint_{step} does not say its vocabulary: give the SentencePiece model, '
       'vocabulary=PATH (--vocabulary=PATH).'
     )
+  if described:
+    tokenizer = described_tokenizer(run, told, vocabulary)
+  else:  # then only the vocabulary knows what ends a text
+    tokenizer = TextTokenizer.open(vocabulary)
+    told = dataclasses.replace(told, eos_ids=(tokenizer.eos_id,))
 
   def params(config: ModelConfig, mesh: jax.sharding.Mesh | None) -> PyTree:
     shapes, _ = abstract_params(config)
@@ -217,28 +226,30 @@ def _open_run(path: epath.Path, vocabulary: str | None, model: str | None) -> Fo
     finally:
       reader.close()
 
-  jetmoe = config.architecture is Architecture.JETMOE
-  return Found(
-    f'{config.name}:{step}',
-    config,
-    TextTokenizer.open(vocabulary) if vocabulary else described_vocabulary(run, told),
-    params,
-    start_id=told.start_id,
-    row_length=told.row_length or 0,
-    chat_template=chat.JETMOE if jetmoe else chat.OPENMOE,
-    eos_ids=told.eos_ids,
-  )
+  return Found(f'{config.name}:{step}', told, tokenizer, params)
 
 
-def described_vocabulary(
-  run: epath.Path, told: Description, added: Mapping[str, int] | None = None
-) -> TextTokenizer:
-  """The tokenizer that a description names, from the copy in the run directory if there is one."""
+def described_tokenizer(run: epath.Path, told: Description, given: str | None) -> TextTokenizer:
+  """The tokenizer that a description names, from the user's file or the run directory's.
+
+  Raises:
+    ConfigError: the user's is another one, or there is none.
+  """
   record = told.vocabulary
-  if record.kind == 'bytes':
+  if record is None:
+    return TextTokenizer.open(given, told.eos_ids[0])
+  if given:
+    kind, file, content = read_tokenizer(given)
+    check_vocabulary(kind, content, record, str(file), 'leave it out, or give the described one')
+    where = str(file)
+  elif record.kind == 'bytes':
     return byte_tokenizer(record.extra_ids, told.eos_ids[0])
-  content = find_vocabulary(run, record)
-  return TextTokenizer.of(record.kind, content, str(run), told.eos_ids[0], record.extra_ids, added)
+  else:
+    content, where = find_vocabulary(run, record), str(run)
+  added = {token.piece_text: token.id for token in record.added}
+  return TextTokenizer.of(
+    record.kind, content, where, told.eos_ids[0], record.extra_ids, added=added
+  )
 
 
 def _named(path: epath.Path, model: str | None, told: Mapping[str, Any]) -> ModelConfig:
@@ -266,60 +277,11 @@ def _open_hf(path: epath.Path, vocabulary: str | None) -> Found:
     form = HfForm(path)
   except ConvertError as error:
     raise ConfigError(f'{path} cannot be read: {error}') from error
-  facts = form.config
-  jetmoe = facts.get('model_type') == 'jetmoe'
   name = os.path.basename(os.path.abspath(path))
   config = _as_config_error(lambda: sizes.of_form(form, None))
-  # JetMoeConfig leaves out its defaults; the OpenMoE port writes its own, 0 and 1.
-  start, eos = (1, (2,)) if jetmoe else (0, (1,))
-  if jetmoe:
-    start = _token(path, facts, 'bos_token_id', config, start)
-  eos_ids = _eos_ids(path, facts, config, eos) if jetmoe or 'openmoe_step' in facts else eos
-  return Found(
-    name,
-    dataclasses.replace(config, name=name),
-    TextTokenizer.open(vocabulary or str(path), eos_ids[0]),
-    lambda config, mesh: _read(form, config),
-    start_id=start,
-    row_length=_count(facts, 'max_position_embeddings') or _count(facts, 'n_positions'),
-    chat_template=chat.from_folder(pathlib.Path(path)) or (chat.JETMOE if jetmoe else chat.OPENMOE),
-    eos_ids=eos_ids,
-  )
-
-
-def _count(facts: Mapping[str, Any], name: str) -> int:
-  value = facts.get(name) or 0
-  if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-    raise ConfigError(f'config.json: {name}={value!r} must be a whole number; repair it.')
-  return value
-
-
-def _token(path, facts: Mapping[str, Any], name: str, config: ModelConfig, default: int) -> int:
-  """A token id of a folder's file of facts."""
-  value = facts.get(name)
-  if value is None:
-    return default
-  if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < config.vocab_size:
-    raise ConfigError(
-      f'{path}: {name}={value!r} must be a token below vocab_size={config.vocab_size}; repair it.'
-    )
-  return value
-
-
-def _eos_ids(path, facts: Mapping[str, Any], config: ModelConfig, default) -> tuple[int, ...]:
-  """Tokens that end a text: those of config.json first, then those of generation_config.json."""
-  other = path / 'generation_config.json'
-  try:
-    more = safe_json.read(other) if other.exists() else {}
-  except (OSError, Unreadable) as error:
-    raise ConfigError(f'{other} cannot be read: {error}') from error
-  found: dict[int, None] = {}
-  for told in (facts, more):
-    value = told.get('eos_token_id')
-    for one in value if isinstance(value, list) else [value]:
-      if one is not None:
-        found[_token(path, {'eos_token_id': one}, 'eos_token_id', config, 0)] = None
-  return tuple(found) or default
+  told = _as_config_error(lambda: form.describe(dataclasses.replace(config, name=name)))
+  tokenizer = TextTokenizer.open(vocabulary or str(path), told.eos_ids[0])
+  return Found(name, told, tokenizer, lambda config, mesh: _read(form, config))
 
 
 def _read(form: HfForm, config: ModelConfig) -> PyTree:

@@ -27,7 +27,7 @@ from convert.formats.t5x import T5xSink
 from convert.logits import agreement, forward, seeded_tokens
 from convert.workplace import Job, Workplace
 from openmoe.checkpoint import safe_json
-from openmoe.checkpoint.description import keep_vocabulary, model_fields
+from openmoe.checkpoint.description import keep_vocabulary
 from openmoe.config import ModelConfig
 
 __all__ = ['Options', 'Result', 'convert', 'find_form']
@@ -156,13 +156,16 @@ def convert(form: Form, kind: str, out: str, model: str | None, options: Options
   if options.optimizer and not target.holds_optimizer:
     raise ConvertError(f'--optimizer: a checkpoint of kind {kind} holds no optimizer state.')
   slots = _slots_in_use(form, config) if options.optimizer else {}
+  described = form.describe(config)
+  if not options.optimizer:
+    described = dataclasses.replace(described, optimizer=None)
   plan = {
     'source': {'kind': form.kind, 'fingerprint': form.fingerprint()},
     'target': {'kind': kind, 'dtype': dtype.name, 'codec': options.codec, 'step': step},
     'optimizer': options.optimizer,
     'max_shard': options.max_shard,
     'tokenizer': [[f.name, digest(f.read_bytes().hex())] for f in options.tokenizer],
-    'model': model_fields(config),
+    'description': described.plain(),
   }
   final = target.final_path(out, step)
   if (done := _already(final, plan)) is not None:
@@ -171,7 +174,8 @@ def convert(form: Form, kind: str, out: str, model: str | None, options: Options
     stack.enter_context(_room_for(final, common, dtype))
     work = stack.enter_context(contextlib.closing(Workplace(final, plan)))
     began = time.perf_counter()
-    sink = stack.enter_context(contextlib.closing(target.begin(work.path, form, options)))
+    sink = target.begin(work.path, form, described, options)
+    stack.enter_context(contextlib.closing(sink))
     sink.prepare(config, common, dtype)
     if slots:
       sink.prepare_slots(slots)
@@ -191,8 +195,8 @@ def convert(form: Form, kind: str, out: str, model: str | None, options: Options
     began = time.perf_counter()
     work.commit(json.dumps(receipt, indent=1).encode())
     seconds += time.perf_counter() - began
-  if record := target.kept_vocabulary(form, config):
-    keep_vocabulary(final.parent, record, form.vocabulary_content())
+  if target.keeps_vocabulary and (content := form.vocabulary_content()):
+    keep_vocabulary(final.parent, described.vocabulary, content)
   nbytes = sum(job.target.stored.nbytes for job in jobs)
   return Result(final, len(jobs), nbytes, seconds, receipt)
 
@@ -237,7 +241,7 @@ def _receipt(plan, made: Form, lines, comparison) -> dict[str, Any]:
   return {
     'version': 1,
     'plan': digest(plan),
-    **{key: plan[key] for key in ('source', 'target', 'model')},
+    **{key: plan[key] for key in ('source', 'target', 'description')},
     'target_fingerprint': made.fingerprint(),
     'each_source_tensor_used_once': True,
     'tensors': sorted(lines, key=lambda line: line['target']),

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from openmoe.checkpoint.description import Description
 from openmoe.config import Architecture, ConfigError, Dispatch, ModelConfig
 from openmoe.models import abstract_params, build_model
 from openmoe.models.common import group_shape
@@ -51,6 +52,36 @@ def dense_config(config: ModelConfig, name: str | None = None) -> ModelConfig:
     case Architecture.JETMOE:
       moe = dataclasses.replace(config.moe, num_experts=1, top_k=1)
       return dataclasses.replace(config, name=name, moe=moe)
+
+
+_COMPUTED = ('norm_epsilon', 'final_norm_epsilon', 'rope_theta')
+
+
+def described_as(
+  told: Description | None, config: ModelConfig, dense: ModelConfig, where: str
+) -> Description:
+  """What the mixture's checkpoint says of itself: the dense one's words, and its own model.
+
+  Args:
+    told: what the dense checkpoint says; None of one of before they said it.
+    dense: what it has to be, dense_config(config).
+
+  Raises:
+    ConfigError: it computes otherwise than the dense part of `config`.
+  """
+  if told is None:
+    return Description(config)
+  differ = [
+    f'{name} is {getattr(told.model, name)} there and {getattr(dense, name)} in {config.name}'
+    for name in _COMPUTED
+    if getattr(told.model, name) != getattr(dense, name)
+  ]
+  if differ:
+    raise ConfigError(
+      f'{where} computes otherwise: {"; ".join(differ)}. Give the gin file the values of the dense '
+      'model.'
+    )
+  return dataclasses.replace(told, model=config, optimizer=None)
 
 
 def upcycle(dense: PyTree, config: ModelConfig, seed: int, noise: float = 0.0) -> PyTree:

@@ -44,9 +44,9 @@ def train(args: argparse.Namespace) -> None:
   records = examples.read(args.data)
   labels = examples.labels_of(records)
   found = find(args.checkpoint, args.vocabulary)
-  model = dataclasses.replace(found.config, dtype=args.dtype)
+  model = dataclasses.replace(found.told.model, dtype=args.dtype)
   params = {'backbone': found.params(model, None), 'score': new_head(model, len(labels), args.seed)}
-  rest = (labels, found.vocabulary, found.start_id, args.max_length)
+  rest = (labels, found.vocabulary, found.told.start_id, args.max_length)
   folders.save(fit(Classifier(model, params, *rest), records, config), args.out)
   print(f'{args.out}: {len(labels)} labels from {len(records)} records')
 

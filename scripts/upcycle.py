@@ -13,8 +13,6 @@ why the result computes the same. The largest difference of the logits is printe
 
 from __future__ import annotations
 
-import dataclasses
-
 from openmoe.observe import command
 
 command.prepare(__name__)
@@ -28,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from convert.upcycle import dense_config, logit_difference, upcycle
+from convert.upcycle import dense_config, described_as, logit_difference, upcycle
 from openmoe.checkpoint import description
 from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.checkpoint.description import identity
@@ -59,6 +57,7 @@ def run() -> float:
   source = Checkpointer(directory or '.', 1, identity(dense), read_only=True)
   dense_params = source.restore_params(step, abstract_params(dense)[0])
   told = source.describe(step)
+  described = described_as(told, config, dense, _DENSE.value)
   source.close()
   params = jax.tree.map(jnp.asarray, upcycle(dense_params, config, _SEED.value, _NOISE.value))
   difference = logit_difference(dense_params, params, config)
@@ -69,19 +68,12 @@ def run() -> float:
     raise ConfigError(f'--output={_OUTPUT.value} has a checkpoint_{there}; give another place.')
   state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=())
   about = {'upcycled_from': _DENSE.value, 'noise': _NOISE.value}
-  target.save(0, state, {}, about | {description.KEY: _described(told, config).plain()})
+  target.save(0, state, {}, about | {description.KEY: described.plain()})
   target.close()
   if told and told.vocabulary and told.vocabulary.kind != 'bytes':
     content = description.find_vocabulary(directory or '.', told.vocabulary)
     description.keep_vocabulary(_OUTPUT.value, told.vocabulary, content)
   return difference
-
-
-def _described(told: description.Description | None, config: ModelConfig):
-  """What the mixture's checkpoint says of itself: the dense one's words, and its own model."""
-  if told is None:
-    return description.Description(config)
-  return dataclasses.replace(told, model=config, optimizer=None)
 
 
 @command.guarded

@@ -12,7 +12,6 @@ import dataclasses
 import enum
 import os
 import pathlib
-import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -22,7 +21,7 @@ from etils import epath
 from convert.core.names import NamesError, Row
 from convert.core.tensors import ConvertError, Stored, Writable, cast, digest, transpose_into
 from openmoe.checkpoint import fields, paths, safe_json
-from openmoe.checkpoint.description import Description, VocabularyRecord
+from openmoe.checkpoint.description import Description
 from openmoe.config import Architecture, ConfigError, ModelConfig
 
 RECEIPT = 'conversion_receipt.json'
@@ -87,7 +86,6 @@ class Form(abc.ABC):
     separator: between the parts of a tensor's name.
     path: of the checkpoint itself.
     step: optimizer steps, None if the form does not say.
-    kept_fields: what the config.json of a Hugging Face folder told beyond the model's sizes.
   """
 
   kind: ClassVar[str]
@@ -95,7 +93,6 @@ class Form(abc.ABC):
   separator: ClassVar[str] = '/'
   path: epath.Path
   step: int | None = None
-  kept_fields: Mapping[str, Any] = types.MappingProxyType({})
 
   @abc.abstractmethod
   def tensors(self) -> dict[str, Stored]:
@@ -155,7 +152,7 @@ class Form(abc.ABC):
     return Description(config, **tokens)
 
   def vocabulary_content(self) -> bytes:
-    """The file of describe().vocabulary, empty where there is none."""
+    """The file of describe().vocabulary, empty where there is none at hand."""
     return b''
 
   def receipt(self) -> Mapping[str, Any] | None:
@@ -246,11 +243,17 @@ class Sink(abc.ABC):
   kind: ClassVar[str]
   layout: ClassVar[Layout] = Layout.COMMON
   holds_optimizer: ClassVar[bool] = True
+  keeps_vocabulary: ClassVar[bool] = True  # its file goes into the run directory
 
   @classmethod
   @abc.abstractmethod
-  def begin(cls, place: epath.Path, source: Form, options: Options) -> Self:
-    """A sink for what is in `source`; `place` becomes the checkpoint, or is a remote one."""
+  def begin(cls, place: epath.Path, source: Form, described: Description, options: Options) -> Self:
+    """A sink for what is in `source`.
+
+    Args:
+      place: becomes the checkpoint, or is a remote one.
+      described: what it is to say of itself.
+    """
 
   @classmethod
   def final_path(cls, out: os.PathLike | str, step: int) -> epath.Path:
@@ -273,12 +276,6 @@ class Sink(abc.ABC):
       ConvertError: it has no names there.
     """
     del config
-
-  @classmethod
-  def kept_vocabulary(cls, source: Form, config: ModelConfig) -> VocabularyRecord | None:
-    """The vocabulary whose file is put beside the checkpoint."""
-    del source, config
-    return None
 
   @abc.abstractmethod
   def prepare(self, config: ModelConfig, sources: Mapping[str, Stored], dtype: np.dtype) -> None:

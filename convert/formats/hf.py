@@ -37,7 +37,9 @@ from openmoe.checkpoint.paths import (
   open_regular,
   read_small,
 )
-from openmoe.config import Architecture, ConfigError, ModelConfig
+from openmoe.config import ConfigError, ModelConfig
+from openmoe.inference import chat
+from openmoe.inference.tokenizer import MODELS, added_tokens
 
 TORCH_SOURCES = pathlib.Path(__file__).parents[1] / 'torch'
 INDEX = 'model.safetensors.index.json'
@@ -45,14 +47,7 @@ _READERS = {'.safetensors': read_safetensors, '.bin': read_bin}
 _STEMS = (('model', '.safetensors'), ('pytorch_model', '.bin'))
 _LARGEST_CONFIG = 4 << 20
 _LARGEST_TOKENIZER = 64 << 20
-# What tells a vocabulary, the first that is there.
-VOCABULARIES = (
-  'spiece.model',
-  'sentencepiece.model',
-  'sentencepiece.bpe.model',
-  'tokenizer.model',
-  'tokenizer.json',
-)
+VOCABULARIES = (*MODELS, 'tokenizer.json')  # what tells a vocabulary, the first that is there
 # Files of a tokenizer that are taken along; no others, whatever they are called.
 _TOKENIZER = (
   'added_tokens.json',
@@ -90,7 +85,6 @@ class HfForm(Form):
         self.step = safe_json.field(self.config, 'openmoe_step', int, str(file))
     except (OSError, Unreadable) as error:
       raise ConvertError(f'{self.path}/config.json cannot be read: {error}') from error
-    self.kept_fields = hf_config.kept(self.config)
     self._files, self._index = self._find_files()
     self._tensors: dict[str, Stored] = {}
     self._doubled: list[str] = []
@@ -152,28 +146,25 @@ class HfForm(Form):
     return None if told is None else read_model(told, where)
 
   def describe(self, config: ModelConfig) -> Description:
-    told = super().describe(config)
-    eos = self.config.get('eos_token_id')
-    found = {
-      'start_id': self.config.get('bos_token_id'),
-      'pad_id': self.config.get('pad_token_id'),
-      'eos_ids': tuple(eos) if isinstance(eos, list) else None if eos is None else (eos,),
-      'row_length': self.config.get('max_position_embeddings'),
-    }
-    parts = lambda v: v if isinstance(v, tuple) else (v,)
-    whole = lambda v: all(isinstance(i, int) and i >= 0 for i in parts(v))
-    # The published port of OpenMoE writes ids that its vocabulary does not have.
-    own = config.architecture is Architecture.JETMOE or self.config.get('openmoe_step') is not None
-    known = {k: v for k, v in found.items() if own and v is not None and whole(v)}
-    name = self._vocabulary_name()
-    if name:
-      kind = 'tokenizer.json' if name.endswith('.json') else 'sentencepiece'
-      record = vocabulary_record(kind, str(self.path / name), 0, self.vocabulary_content())
-      known['vocabulary'] = record
+    """What the folder says beside its weights: tokens, context, tokenizer, chat template.
+
+    Raises:
+      ConvertError: a file of these is damaged.
+    """
+    more = self.path / 'generation_config.json'
     try:
-      return dataclasses.replace(told, **known)
-    except ConfigError as error:
-      raise ConvertError(f'{self.path}/config.json: {error}') from error
+      facts = safe_json.read(more) if more.exists() else {}
+      known = hf_config.told_tokens(self.config, facts, config.vocab_size)
+      known['chat'] = chat.record_of(pathlib.Path(self.path))
+      if name := self._vocabulary_name():
+        kind = 'tokenizer.json' if name.endswith('.json') else 'sentencepiece'
+        added = added_tokens(pathlib.Path(self.path)) if kind == 'sentencepiece' else {}
+        known['vocabulary'] = vocabulary_record(
+          kind, str(self.path / name), 0, self.vocabulary_content(), added
+        )
+      return dataclasses.replace(super().describe(config), **known)
+    except (ConfigError, OSError, Unreadable) as error:
+      raise ConvertError(f'{self.path}: {error}') from error
 
   def _vocabulary_name(self) -> str | None:
     return next((n for n in VOCABULARIES if (self.path / n).is_file()), None)
@@ -251,10 +242,10 @@ class HfSink(Sink):
     step: noted in config.json.
     max_shard: bytes of a weight file, unless one tensor is larger.
     extra_files: tokenizer files to copy along.
-    kept_fields: of the config.json that the weights once came with.
+    described: what the folder is to say; None where only the model is known.
   """
 
-  kind, layout, holds_optimizer = 'hf', Layout.TORCH, False
+  kind, layout, holds_optimizer, keeps_vocabulary = 'hf', Layout.TORCH, False, False
 
   def __init__(
     self,
@@ -262,18 +253,18 @@ class HfSink(Sink):
     step: int | None,
     max_shard: int = MAX_SHARD,
     extra_files: Sequence[pathlib.Path] = (),
-    kept_fields: Mapping[str, Any] | None = None,
+    described: Description | None = None,
   ):
     self._path, self._step, self._max_shard = path, step, max_shard
     self._staged = is_remote(path)
     self._local = epath.Path(tempfile.mkdtemp(prefix='openmoe_convert_')) if self._staged else path
-    self._extra, self._kept = list(extra_files), dict(kept_fields or {})
+    self._extra, self._described = list(extra_files), described
     self._files: dict[str, SafetensorsFile] = {}
     self._where: dict[str, str] = {}
 
   @classmethod
-  def begin(cls, place: epath.Path, source: Form, options: Options) -> Self:
-    return cls(place, source.step, options.max_shard, options.tokenizer, source.kept_fields)
+  def begin(cls, place: epath.Path, source: Form, described: Description, options: Options) -> Self:
+    return cls(place, source.step, options.max_shard, options.tokenizer, described)
 
   @classmethod
   def final_path(cls, out: os.PathLike | str, step: int) -> epath.Path:
@@ -326,12 +317,19 @@ class HfSink(Sink):
     )
     if len(self._files) > 1:
       write(INDEX, {'metadata': {'total_size': self._total}, 'weight_map': self._where})
-    write('config.json', hf_config.to_hf(self._config, self._dtype.name, self._step, self._kept))
-    write('generation_config.json', hf_config.generation(self._kept))
+    described = self._described or Description(self._config)
+    write('config.json', hf_config.to_hf(described, self._dtype.name, self._step))
+    write('generation_config.json', hf_config.generation(described))
     for name in hf_config.sources(self._config):
       shutil.copyfile(TORCH_SOURCES / name, self._local / name)
     for file in self._extra:
       write_synced(self._local / file.name, read_small(file, _LARGEST_TOKENIZER))
+    told = {'chat_template.jinja', 'tokenizer_config.json'} & {file.name for file in self._extra}
+    if described.chat and not told:  # what came with the weights goes with them
+      text = described.chat.template_text.encode()
+      write_synced(self._local / 'chat_template.jinja', text)
+      marks = {'bos_token': described.chat.bos_text, 'eos_token': described.chat.eos_text}
+      write('tokenizer_config.json', marks)
     card = hf_config.card(self._config, self._dtype.name).encode()
     write_synced(self._local / 'README.md', card)
     if self._staged:

@@ -11,16 +11,16 @@ from typing import Any
 
 from convert.core.tensors import ConvertError
 from convert.formats import hf_jetmoe
-from openmoe.checkpoint.description import model_fields
-from openmoe.config import Architecture, CapacityConvention, Dispatch, ModelConfig
+from convert.formats.hf_fields import count, of_class, refuse, tokens
+from openmoe.checkpoint import fields as fields_lib
+from openmoe.checkpoint.description import Description, model_fields
+from openmoe.checkpoint.fields import shown
+from openmoe.config import Architecture, Dispatch, ModelConfig, MoEConfig
 
 MODEL_TYPE = 'openmoe'
 PAD, BOS, EOS = 0, 0, 1  # the vocabulary has no BOS of its own: padding begins a text
 MAX_POSITIONS = 2048
 MODEL_FIELDS = 'openmoe_model'  # key of all fields of ModelConfig, also what transformers ignores
-_TOKENS = {'pad_token_id': PAD, 'bos_token_id': BOS, 'eos_token_id': EOS}
-# What config.json tells and ModelConfig has no place for; imports keep it for exports.
-_KEPT = (*_TOKENS, 'max_position_embeddings')
 _FIELDS = {
   'vocab_size': 'vocab_size',
   'num_hidden_layers': 'num_layers',
@@ -36,10 +36,28 @@ _FIXED = {
   'rope_scaling': None,
   'attention_bias': False,
 }
-# ModelConfig's capacity convention -> the name in config.json.
-_CAPACITY = {
-  CapacityConvention.RELEASED: 'released',
-  CapacityConvention.COLOSSALAI: 'colossalai',
+# Theirs -> ours, and what ours is where config.json does not say.
+_MODEL = {
+  'rope_theta': 'rope_theta',
+  'rms_norm_eps': 'norm_epsilon',
+  'final_rms_norm_eps': 'final_norm_epsilon',
+  'z_loss_factor': 'logit_z_weight',
+  'init_scale': 'init_scale',
+}
+_PUBLISHED = {'rope_theta': 10000.0, 'norm_epsilon': 1e-6, 'logit_z_weight': 1e-4}
+_PUBLISHED |= {'final_norm_epsilon': None}
+_MOE = {
+  'router_topk': 'top_k',
+  'router_group_size': 'group_size',
+  'router_capacity_factor_train': 'capacity_factor',
+  'router_capacity_factor_eval': 'eval_capacity_factor',
+  'router_min_capacity': 'min_expert_capacity',
+  'router_aux_loss_factor': 'load_balance_weight',
+  'router_z_loss_factor': 'router_z_weight',
+  'router_loss': 'router_loss',
+  'router_init_std': 'router_init_std',
+  'router_order': 'router_order',
+  'trained_router_capacity': 'capacity_convention',
 }
 
 
@@ -51,81 +69,58 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
   """
   if hf_jetmoe.is_jetmoe(config):
     return hf_jetmoe.sizes(config)
-  architecture = (config.get('architectures') or ['?'])[0]
+  named = config.get('architectures') or ['?']
+  architecture = named[0] if isinstance(named, list) and isinstance(named[0], str) else '?'
   for name, only in _FIXED.items():
     if config.get(name, only) != only:
       raise ConvertError(
-        f'config.json has {name}={config[name]!r}; only {only!r} is implemented, as published.'
+        f'config.json has {name}={shown(config[name])}; only {only!r} is implemented, as published.'
       )
   if config.get('model_type') != MODEL_TYPE and 'openmoe' not in architecture.lower():
     raise ConvertError(
-      f'config.json is of {config.get("model_type")!r} ({architecture}), not of OpenMoE or JetMoE.'
+      f'config.json is of model_type={shown(config.get("model_type"))} ({shown(architecture)}); '
+      'give a folder of OpenMoE or JetMoE.'
     )
-  missing = [name for name in _FIELDS if name not in config]
-  if missing:
-    raise ConvertError(f'config.json lacks {missing}.')
-  found = {ours: config[theirs] for theirs, ours in _FIELDS.items()}
+  found: dict[str, Any] = {ours: count(config, name) for name, ours in _FIELDS.items()}
   found['name'] = config.get('openmoe_name')
   found['architecture'] = Architecture.OPENMOE.value
-  experts, interval = config.get('num_experts') or 0, config.get('moe_layer_interval') or 0
+  experts = count(config, 'num_experts', 0, least=0)
+  interval = count(config, 'moe_layer_interval') if experts else 1
+  if found['num_layers'] % interval:
+    raise refuse(
+      'moe_layer_interval', interval,
+      f'a divisor of num_hidden_layers={found["num_layers"]}, as the last layer is a sparse one',
+    )  # fmt: skip
+  if (kv := config.get('num_key_value_heads')) not in (None, found['num_heads']):
+    raise refuse('num_key_value_heads', kv, f'num_attention_heads={found["num_heads"]}')
   found['num_experts'] = experts
-  found['num_sparse_layers'] = found['num_layers'] // interval if experts and interval else 0
-  computed = {
-    'rope_theta': float(config.get('rope_theta', 10000.0)),
-    'norm_epsilon': config.get('rms_norm_eps', 1e-6),
-    'final_norm_epsilon': config.get('final_rms_norm_eps'),
-    'logit_z_weight': config.get('z_loss_factor', 1e-4),
-  }
-  found['model'] = computed
+  found['num_sparse_layers'] = found['num_layers'] // interval if experts else 0
+  found['model'] = _PUBLISHED | of_class(config, _MODEL.items(), ModelConfig)
   if experts:
-    names = {
-      'router_topk': 'top_k',
-      'router_group_size': 'group_size',
-      'router_capacity_factor_train': 'capacity_factor',
-      'router_capacity_factor_eval': 'eval_capacity_factor',
-      'router_min_capacity': 'min_expert_capacity',
-      'router_aux_loss_factor': 'load_balance_weight',
-      'router_z_loss_factor': 'router_z_weight',
-      'router_order': 'router_order',
-      'trained_router_capacity': 'capacity_convention',
-    }
-    found['moe'] = {ours: config[name] for name, ours in names.items() if name in config}
+    found['moe'] = of_class(config, _MOE.items(), MoEConfig)
   return found
 
 
-def kept(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Fields of a config.json that an export of the imported weights should have again.
-
-  None of OpenMoE: all its checkpoints share one vocabulary, and the port's own ids are wrong.
-  """
-  names = _KEPT if hf_jetmoe.is_jetmoe(config) else ()
-  return {name: config[name] for name in names if name in config}
-
-
-def _is_numbers(value: Any) -> bool:
-  """Whether it is a count or a list of them."""
-  values = value if isinstance(value, list) else [value]
-  return all(type(one) is int and one >= 0 for one in values)
-
-
-def to_hf(
-  config: ModelConfig, dtype: str, step: int | None, kept_fields: Mapping[str, Any]
-) -> dict[str, Any]:
-  """config.json of a model.
-
-  Args:
-    kept_fields: what kept() found where the weights were imported.
-  """
+def to_hf(described: Description, dtype: str, step: int | None) -> dict[str, Any]:
+  """config.json of a checkpoint."""
+  config = described.model
   match config.architecture:
     case Architecture.OPENMOE:
-      fields = _openmoe(config)
+      fields, positions = _openmoe(config), MAX_POSITIONS
     case Architecture.JETMOE:
-      fields = hf_jetmoe.to_hf(config)
-  fields |= {MODEL_FIELDS: model_fields(config)}
-  # What a checkpoint kept may come from anybody: token ids and lengths, never references to code.
-  kept_numbers = {name: kept_fields[name] for name in _KEPT if _is_numbers(kept_fields.get(name))}
-  fields |= _TOKENS | {'dtype': dtype} | kept_numbers
+      fields, positions = hf_jetmoe.to_hf(config), hf_jetmoe.MAX_POSITIONS
+  # What an import told is told again; rows of training may be shorter than what a model can do.
+  length = described.row_length or positions
+  fields['max_position_embeddings'] = max(length, positions) if described.objective else length
+  fields |= {MODEL_FIELDS: model_fields(config)} | _tokens(described) | {'dtype': dtype}
   return fields if step is None else fields | {'openmoe_step': step}
+
+
+def _tokens(described: Description) -> dict[str, Any]:
+  """Special tokens as transformers names them; numbers and nothing else."""
+  eos = described.eos_ids[0] if len(described.eos_ids) == 1 else list(described.eos_ids)
+  names = {'pad_token_id': described.pad_id, 'bos_token_id': described.start_id}
+  return names | {'eos_token_id': eos}
 
 
 def _openmoe(config: ModelConfig) -> dict[str, Any]:
@@ -138,42 +133,53 @@ def _openmoe(config: ModelConfig) -> dict[str, Any]:
     'model_type': MODEL_TYPE,
     'openmoe_name': config.name,
     'hidden_act': 'swiglu',
-    'max_position_embeddings': MAX_POSITIONS,
     'num_key_value_heads': config.num_heads,
-    'rms_norm_eps': config.norm_epsilon,
-    'final_rms_norm_eps': config.final_norm_epsilon,
-    'rope_theta': config.rope_theta,
     'tie_word_embeddings': False,
     'use_cache': True,
-    'z_loss_factor': config.logit_z_weight,
   }
-  fields |= {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
+  fields |= {theirs: getattr(config, ours) for theirs, ours in (_FIELDS | _MODEL).items()}
   moe = config.moe
   if moe is None:
     return fields | {'num_experts': 0, 'moe_layer_interval': 1}
-  convention = 'dropless'
-  if moe.dispatch is not Dispatch.DROPLESS and moe.capacity_convention in _CAPACITY:
-    # What the model was trained with; the default of our PyTorch model stays dropless.
-    fields['trained_router_capacity'] = _CAPACITY[moe.capacity_convention]
-  return fields | {
-    'num_experts': moe.num_experts,
-    'moe_layer_interval': config.sparse_period,
-    'router_topk': moe.top_k,
-    'router_capacity': convention,
-    'router_group_size': moe.group_size,
-    'router_capacity_factor_train': moe.capacity_factor,
-    'router_capacity_factor_eval': moe.eval_capacity_factor,
-    'router_min_capacity': moe.min_expert_capacity,
-    'router_aux_loss_factor': moe.load_balance_weight,
-    'router_z_loss_factor': moe.router_z_weight,
-    'router_order': moe.router_order.value,
-  }
+  routed = {theirs: fields_lib.plain(getattr(moe, ours)) for theirs, ours in _MOE.items()}
+  if moe.dispatch is Dispatch.DROPLESS:
+    del routed['trained_router_capacity']
+  # What the model was trained with is told; the default of our PyTorch model stays dropless.
+  routed |= {'num_experts': moe.num_experts, 'router_capacity': 'dropless'}
+  return fields | routed | {'moe_layer_interval': config.sparse_period}
 
 
-def generation(kept_fields: Mapping[str, Any]) -> dict[str, Any]:
+def told_tokens(
+  config: Mapping[str, Any], more: Mapping[str, Any], vocab_size: int
+) -> dict[str, Any]:
+  """Special tokens and context of a folder, as Description has them; what is not told is left out.
+
+  Args:
+    config, more: config.json and generation_config.json.
+
+  Raises:
+    ConvertError: a token is none of the vocabulary, or the context is no count.
+  """
+  found: dict[str, Any] = {}
+  # The published port of OpenMoE writes ids that its vocabulary does not have.
+  if hf_jetmoe.is_jetmoe(config) or config.get('openmoe_step') is not None:
+    for name, ours in (('pad_token_id', 'pad_id'), ('bos_token_id', 'start_id')):
+      if one := tokens(config.get(name), name, vocab_size, 'config.json'):
+        found[ours] = one[0]
+    name, eos = 'eos_token_id', {}  # those of config.json first
+    for facts, where in ((config, 'config.json'), (more, 'generation_config.json')):
+      eos |= dict.fromkeys(tokens(facts.get(name), name, vocab_size, where))
+    if eos:
+      found['eos_ids'] = tuple(eos)
+  for name in ('max_position_embeddings', 'n_positions'):
+    if config.get(name) is not None:
+      found.setdefault('row_length', count(config, name))
+  return found
+
+
+def generation(described: Description) -> dict[str, Any]:
   """generation_config.json."""
-  tokens = {name: kept_fields.get(name, default) for name, default in _TOKENS.items()}
-  return tokens | {'do_sample': False}
+  return _tokens(described) | {'do_sample': False}
 
 
 def sources(config: ModelConfig) -> tuple[str, ...]:

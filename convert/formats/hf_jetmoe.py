@@ -5,11 +5,13 @@ Weights load with transformers' own classes, so no code goes beside them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from convert.core.tensors import ConvertError
-from openmoe.config import Architecture, ModelConfig, RouterOrder
+from convert.formats.hf_fields import count, number, of_class, refuse
+from openmoe.checkpoint.fields import shown
+from openmoe.config import Architecture, ModelConfig, MoEConfig, RouterOrder
 
 MODEL_TYPE = 'jetmoe'
 MAX_POSITIONS = 4096
@@ -45,11 +47,12 @@ def is_jetmoe(config: Mapping[str, Any]) -> bool:
   return config.get('model_type') == MODEL_TYPE
 
 
-def _read(config: Mapping[str, Any], names: Mapping[str, tuple[str, str, Any]]) -> dict[str, Any]:
-  found = {}
-  for ours, (name, older, default) in names.items():
-    found[ours] = config.get(name, config.get(older, default))
-  return found
+def _named(
+  config: Mapping[str, Any], names: Mapping[str, tuple[str, str, Any]]
+) -> Iterator[tuple[str, str]]:
+  """(name in this config.json, ours) of the fields that it has."""
+  for ours, (name, older, _) in names.items():
+    yield (name if name in config else older), ours
 
 
 def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,22 +64,28 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
   for name, only in _FIXED.items():
     if config.get(name, only) != only:
       raise ConvertError(
-        f'config.json has {name}={config[name]!r}; only {only!r} is implemented, as published.'
+        f'config.json has {name}={shown(config[name])}; only {only!r} is implemented, as published.'
       )
   rope = config.get('rope_parameters') or {}
+  if not isinstance(rope, Mapping):
+    raise refuse('rope_parameters', rope, 'an object')
   if (kind := rope.get('rope_type', 'default')) != 'default' or config.get('rope_scaling'):
     raise ConvertError(
       f'config.json scales rotary positions ({config.get("rope_scaling") or kind!r}); only plain '
       'ones are implemented, as published.'
     )
-  found = _read(config, _SIZES)
-  theta = float(rope.get('rope_theta', config.get('rope_theta', 10000.0)))
+  found = {ours: count(config, name, _SIZES[ours][2]) for name, ours in _named(config, _SIZES)}
+  theta = rope if 'rope_theta' in rope else config
+  moe = {ours: default for ours, (_, _, default) in _MOE.items()}
+  model = {ours: default for ours, (_, _, default) in _MODEL.items()}
   return found | {
     'name': config.get('openmoe_name'),
     'architecture': Architecture.JETMOE.value,
     'num_sparse_layers': found['num_layers'],
-    'moe': _read(config, _MOE),
-    'model': _read(config, _MODEL) | {'rope_theta': theta},
+    'moe': moe | of_class(config, _named(config, _MOE), MoEConfig),
+    'model': model
+    | of_class(config, _named(config, _MODEL), ModelConfig)
+    | {'rope_theta': number(theta, 'rope_theta', 10000.0)},
   }
 
 
@@ -108,7 +117,6 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     'model_type': MODEL_TYPE,
     'openmoe_name': config.name,
     'activation_function': 'silu',
-    'max_position_embeddings': MAX_POSITIONS,
     'rope_parameters': {'rope_type': 'default', 'rope_theta': config.rope_theta},
     'tie_word_embeddings': True,
     'use_cache': True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -23,13 +23,14 @@ from openmoe.checkpoint import manifest, safe_json
 from openmoe.checkpoint.description import (
   KEY,
   Description,
-  VocabularyRecord,
+  OptimizerRecord,
   identity,
+  kept_vocabulary,
   of_metadata,
   undescribed,
 )
 from openmoe.checkpoint.paths import Unreadable, step_of
-from openmoe.config import Architecture, ConfigError, ModelConfig
+from openmoe.config import Architecture, ConfigError, ModelConfig, OptimizerName
 
 MOMENTS = ('v', 'v_row', 'v_col')
 CODEC = None  # float weights hardly compress, and an uncompressed chunk is read five times faster
@@ -42,7 +43,7 @@ _HANDLERS = {
 }
 
 
-def _moment(row: Row, slot: str, place: str = 'opt_state') -> str:
+def _moment(row: Row, slot: str, place: str) -> str:
   return f'{place}/moments/{row.ours}/{slot}'
 
 
@@ -64,8 +65,6 @@ class OursForm(Form):
       self._facts = safe_json.read(file)
       self.step = safe_json.field(self._facts, 'step', int, str(file))
       self.description = of_metadata(self._facts, str(file))
-      about = safe_json.field(self._facts, 'metadata', dict, str(file), {})
-      self.kept_fields = safe_json.field(about, 'hf_fields', dict, str(file), {})
     except (ConfigError, OSError, Unreadable) as error:
       raise ConvertError(f'{self.path}/metadata cannot be read: {error}') from error
     self._names = {name.replace('.', '/'): name for name in self._params.names()}
@@ -117,6 +116,10 @@ class OursForm(Form):
   def describe(self, config: ModelConfig) -> Description:
     return dataclasses.replace(self.description or Description(config), model=config)
 
+  def vocabulary_content(self) -> bytes:
+    record = self.description.vocabulary if self.description else None
+    return kept_vocabulary(self.path.parent, record) if record else b''
+
   def sizes(self) -> dict[str, Any]:
     """The model's identity.
 
@@ -155,32 +158,35 @@ class OursSink(Sink):
     path: directory that becomes the checkpoint.
     step: its optimizer step.
     metadata: JSON-able facts for the run record.
+    described: what the checkpoint says of itself; None where only its model is known.
   """
 
   kind = 'ours'
 
-  def __init__(self, path: epath.Path, step: int, metadata: Mapping[str, Any]):
+  def __init__(
+    self,
+    path: epath.Path,
+    step: int,
+    metadata: Mapping[str, Any],
+    described: Description | None = None,
+  ):
     self._path, self._step, self._metadata = path, step, dict(metadata)
+    self._described = described
+    optimizer = described.optimizer if described else None
+    self._place = optimizer.place if optimizer else 'opt_state'
     for item in _HANDLERS:
       (path / item).mkdir(parents=True, exist_ok=True)
     self._params = ZarrStore(path / 'params')
     self._state = ZarrStore(path / 'state')
     self._config: ModelConfig | None = None
-    self._describe: Callable[[ModelConfig], Description] | None = None
     self._trees: dict[str, dict[str, tuple[int, ...] | None]] = {'params': {}, 'state': {}}
 
   @classmethod
-  def begin(cls, place: epath.Path, source: Form, options: Options) -> Self:
-    del options
-    about = {'hf_fields': dict(source.kept_fields)}
-    about['converted_from'] = f'{source.kind}: {source.path.name}'
-    made = cls(place, source.step or 0, about)
-    made._describe = source.describe
-    return made
-
-  @classmethod
-  def kept_vocabulary(cls, source: Form, config: ModelConfig) -> VocabularyRecord | None:
-    return source.describe(config).vocabulary if source.vocabulary_content() else None
+  def begin(cls, place: epath.Path, source: Form, described: Description, options: Options) -> Self:
+    about = {'converted_from': f'{source.kind}: {source.path.name}'}
+    if options.optimizer and described.optimizer is None:
+      described = dataclasses.replace(described, optimizer=OptimizerRecord(OptimizerName.ADAFACTOR))
+    return cls(place, source.step or 0, about, described)
 
   def prepare(self, config: ModelConfig, sources: Mapping[str, Stored], dtype: np.dtype) -> None:
     self._config = config
@@ -213,7 +219,7 @@ class OursSink(Sink):
     shapes: dict[str, tuple[int, ...] | None] = {}
     for row in rows:
       for slot in MOMENTS:
-        path, used = _moment(row, slot), slots[row.t5x].get(slot)
+        path, used = _moment(row, slot, self._place), slots[row.t5x].get(slot)
         shape = (
           None if used is None else (*lead[row.ours], *self._moment_shape(row, slot, used.shape))
         )
@@ -226,7 +232,9 @@ class OursSink(Sink):
           name = path.replace('/', '.')
           self._state.create(name, shape, used.dtype, len(row.index), used.rows, CODEC)
         self._trees['state'][path] = shape
-    self._scalar('opt_state/count', np.asarray(self._step, np.int32))
+    if self._place != 'opt_state':
+      self._trees['state']['opt_state/0'] = None  # clipping: a link of the chain without a state
+    self._scalar(f'{self._place}/count', np.asarray(self._step, np.int32))
 
   def _moment_shape(self, row: Row, slot: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """t5x's shape of a slot -> ours, where the gate is an axis of its own."""
@@ -244,7 +252,7 @@ class OursSink(Sink):
     return self._params.writable(name, label=label, index=row.index, split=split)
 
   def slot(self, row: Row, name: str) -> Writable:
-    path = _moment(row, name)
+    path = _moment(row, name, self._place)
     rank = len(self._trees['state'][path]) - len(row.index) - int(row.experts)
     split = self._trees['params'][row.ours][-2:] if row.gated and rank > 1 else ()
     where = path.replace('/', '.')
@@ -254,7 +262,7 @@ class OursSink(Sink):
   def finish(self) -> None:
     for item, tree in self._trees.items():
       write_synced(self._path / item / '_METADATA', _tree_metadata(tree))
-    described = self._describe(self._config) if self._describe else Description(self._config)
+    described = self._described or Description(self._config)
     metadata = {KEY: described.plain()} | self._metadata
     facts = {'step': self._step, 'identity': identity(self._config), 'metadata': metadata}
     write_synced(self._path / 'metadata' / 'metadata', json.dumps(facts).encode())
@@ -284,7 +292,8 @@ def _tree_metadata(tree: Mapping[str, tuple[int, ...] | None]) -> bytes:
     if shape is not None:
       value = {'value_type': 'jax.Array', 'skip_deserialize': False, 'write_shape': list(shape)}
     entries[str(tuple(keys))] = {
-      'key_metadata': [{'key': key, 'key_type': 2} for key in keys],
+      # 1: a place in a sequence, 2: a name.
+      'key_metadata': [{'key': key, 'key_type': 1 if key.isdigit() else 2} for key in keys],
       'value_metadata': value,
     }
   content = {

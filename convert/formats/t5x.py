@@ -7,6 +7,8 @@ bucket of the spec are ignored, as t5x itself ignores them: a checkpoint may hav
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +23,9 @@ from convert.core.forms import RECEIPT, Form, Options, Sink, read_model
 from convert.core.names import Row, name_problems, name_table
 from convert.core.tensors import ConvertError, Stored, Writable, write_synced
 from convert.formats.zarrays import ZarrStore, is_ocdbt, missing_chunks
+from openmoe.checkpoint.description import Description, kept_vocabulary, read_description
 from openmoe.checkpoint.paths import is_inside, read_small
-from openmoe.config import Architecture, ModelConfig
+from openmoe.config import Architecture, ConfigError, ModelConfig
 
 SLOTS = ('m', 'v', 'v_row', 'v_col')
 VERSION = 3
@@ -169,15 +172,32 @@ class T5xForm(Form):
         for chunk in missing_chunks(self._store.open(leaf)):
           yield f'{path}: chunk {chunk} is missing'
 
-  def model(self) -> ModelConfig | None:
-    """The model of the export that made this checkpoint, from its receipt.
+  @functools.cached_property
+  def _told(self) -> Description | None:
+    """What the receipt of the export says: t5x's own files tell no model.
 
-    t5x's own files tell no model.
+    Raises:
+      ConvertError: the receipt is damaged.
     """
-    receipt = self.receipt()
-    if receipt is None or 'model' not in receipt:
-      return None
-    return read_model(receipt['model'], f'{self.path}/{RECEIPT}: model')
+    receipt, where = self.receipt() or {}, f'{self.path}/{RECEIPT}'
+    if 'description' not in receipt:
+      told = receipt.get('model')  # of before there were descriptions
+      return None if told is None else Description(read_model(told, f'{where}: model'))
+    try:
+      return read_description(receipt['description'], f'{where}: description')
+    except ConfigError as error:
+      raise ConvertError(str(error)) from error
+
+  def model(self) -> ModelConfig | None:
+    return self._told.model if self._told else None
+
+  def describe(self, config: ModelConfig) -> Description:
+    told = self._told
+    return dataclasses.replace(told, model=config) if told else super().describe(config)
+
+  def vocabulary_content(self) -> bytes:
+    record = self._told.vocabulary if self._told else None
+    return kept_vocabulary(self.path.parent, record) if record else b''
 
   def sizes(self) -> dict[str, Any]:
     """Everything but how heads x head_dim divides, which no shape tells."""
@@ -221,7 +241,8 @@ class T5xSink(Sink):
     self._inline: dict[str, np.ndarray] = {}
 
   @classmethod
-  def begin(cls, place: epath.Path, source: Form, options: Options) -> Self:
+  def begin(cls, place: epath.Path, source: Form, described: Description, options: Options) -> Self:
+    del described  # the receipt tells what t5x has no place for
     return cls(place, source.step or 0, options.codec)
 
   @classmethod

@@ -7,7 +7,8 @@ and nothing else.
 
 from transformers import AutoConfig, PreTrainedConfig
 
-ROUTER_CAPACITIES = ('dropless', 'released', 'colossalai')
+ROUTER_CAPACITIES = ('dropless', 'released', 'with_top_k', 'colossalai')
+ROUTER_LOSSES = ('mean', 'sum')
 ROUTER_ORDERS = ('softmax_top_k', 'top_k_softmax')
 
 
@@ -24,12 +25,16 @@ class OpenMoeConfig(PreTrainedConfig):
       over the chosen ones.
     final_rms_norm_eps: epsilon of the last norm, rms_norm_eps where it is None.
     router_capacity: 'dropless' serves every choice; 'released' is the original JAX system
-      (groups of router_group_size tokens, factor without top-k), 'colossalai' the published port
-      (one group of all tokens, factor with top-k).
+      (groups of router_group_size tokens, factor without top-k), 'with_top_k' the same with a
+      factor that counts top-k, 'colossalai' the published port (one group of all tokens, factor
+      with top-k).
     router_capacity_factor_train, router_capacity_factor_eval, router_min_capacity,
-      router_group_size: of the two conventions with capacity.
+      router_group_size: of the conventions with capacity.
     router_aux_loss_factor, router_z_loss_factor, z_loss_factor: weights of load-balance loss,
       router z-loss and logit z-loss.
+    router_loss: 'mean' over sparse layers, or 'sum', whose load balance is 1 and not top-k for a
+      balanced layer.
+    router_init_std: standard deviation of a new router.
     label_smoothing: of the cross-entropy.
     output_router_logits: return router logits with the other outputs.
   """
@@ -67,6 +72,8 @@ class OpenMoeConfig(PreTrainedConfig):
   router_min_capacity: int = 4
   router_aux_loss_factor: float = 0.01
   router_z_loss_factor: float = 1e-4
+  router_loss: str = 'mean'
+  router_init_std: float = 0.02
   z_loss_factor: float = 1e-4
   label_smoothing: float = 0.0
   output_router_logits: bool = False
@@ -74,12 +81,13 @@ class OpenMoeConfig(PreTrainedConfig):
   def __post_init__(self, **kwargs):
     if self.num_key_value_heads is None:
       self.num_key_value_heads = self.num_attention_heads
-    if self.router_capacity not in ROUTER_CAPACITIES:
-      raise ValueError(
-        f'router_capacity={self.router_capacity!r} is not one of {ROUTER_CAPACITIES}.'
-      )
-    if self.router_order not in ROUTER_ORDERS:
-      raise ValueError(f'router_order={self.router_order!r} is not one of {ROUTER_ORDERS}.')
+    for name, known in (
+      ('router_capacity', ROUTER_CAPACITIES),
+      ('router_order', ROUTER_ORDERS),
+      ('router_loss', ROUTER_LOSSES),
+    ):
+      if getattr(self, name) not in known:
+        raise ValueError(f'{name}={getattr(self, name)!r} is not one of {known}.')
     if self.num_key_value_heads != self.num_attention_heads:
       raise ValueError(
         f'num_key_value_heads={self.num_key_value_heads} must equal num_attention_heads='

@@ -83,7 +83,7 @@ class OpenMoeSparseMLP(nn.Module):
     if config.router_capacity == 'dropless':
       return routed
     size = n
-    if config.router_capacity == 'released' and n > config.router_group_size:
+    if config.router_capacity != 'colossalai' and n > config.router_group_size:
       size = config.router_group_size
       if n % size:
         raise ValueError(
@@ -104,6 +104,8 @@ def expert_capacity(config: OpenMoeConfig, tokens: int, training: bool) -> int:
   factor = config.router_capacity_factor_train if training else config.router_capacity_factor_eval
   if config.router_capacity == 'released':
     slots = round(factor * tokens / config.num_experts)
+  elif config.router_capacity == 'with_top_k':
+    slots = round(factor * config.router_topk * tokens / config.num_experts)
   else:
     slots = math.floor(config.router_topk * factor * tokens / config.num_experts)
     slots += slots % 2
@@ -111,12 +113,16 @@ def expert_capacity(config: OpenMoeConfig, tokens: int, training: bool) -> int:
 
 
 def router_losses(
-  router_logits: tuple[torch.Tensor, ...], token_mask: torch.Tensor | None, top_k: int
+  router_logits: tuple[torch.Tensor, ...],
+  token_mask: torch.Tensor | None,
+  top_k: int,
+  together: str = 'mean',
 ) -> tuple[torch.Tensor, torch.Tensor]:
-  """(load balance, z), averaged over layers, over real tokens.
+  """(load balance, z) over real tokens, averaged over layers or summed.
 
   Load balance is E * sum_e f_e P_e with f_e the share of tokens that choose e among their top k
-  and P_e its mean probability: top_k at perfect balance. z is the mean of logsumexp^2.
+  and P_e its mean probability: top_k at perfect balance; of a sum, f_e is a share of the choices,
+  which makes it 1. z is the mean of logsumexp^2.
   """
   balance, z = [], []
   for logits in router_logits:
@@ -126,4 +132,6 @@ def router_losses(
     share = functional.one_hot(chosen, probs.shape[-1]).sum(1).float().mean(0)
     balance.append(probs.shape[-1] * (share * probs.mean(0)).sum())
     z.append(real.logsumexp(-1).square().mean())
+  if together == 'sum':
+    return torch.stack(balance).sum() / top_k, torch.stack(z).sum()
   return torch.stack(balance).mean(), torch.stack(z).mean()

@@ -52,7 +52,7 @@ class OpenMoeCausalLMOutput(ModelOutput):
   """Output of the language model. `loss` is the weighted sum of the four that follow.
 
   cross_entropy and logit_z_loss are means over labels; load_balance_loss (top-k at perfect
-  balance) and router_z_loss are means over sparse layers.
+  balance) and router_z_loss are means over sparse layers, or sums; see OpenMoeConfig.router_loss.
   """
 
   loss: torch.Tensor | None = None
@@ -194,7 +194,7 @@ class OpenMoePreTrainedModel(PreTrainedModel):
 
   @torch.no_grad()
   def _init_weights(self, module: nn.Module) -> None:
-    """As the original: fan-in scaled by init_scale, embeddings 1.0, router 0.02."""
+    """As the original: fan-in scaled by init_scale, embeddings 1.0, router router_init_std."""
     scale = lambda fan_in: (self.config.init_scale / fan_in) ** 0.5
     if isinstance(module, nn.Linear):
       init.normal_(module.weight, std=scale(module.in_features))
@@ -203,7 +203,7 @@ class OpenMoePreTrainedModel(PreTrainedModel):
     elif isinstance(module, OpenMoeRMSNorm):
       init.ones_(module.weight)
     elif isinstance(module, OpenMoeSparseMLP):
-      init.normal_(module.gate_weight, std=0.02)
+      init.normal_(module.gate_weight, std=self.config.router_init_std)
     elif isinstance(module, OpenMoeExperts):
       for weight in (module.wi_gate, module.wi_up, module.wo):
         init.normal_(weight, std=scale(weight.shape[1]))
@@ -385,7 +385,9 @@ class OpenMoeForCausalLM(OpenMoePreTrainedModel, GenerationMixin):
     loss = (summed + config.z_loss_factor * z) / count
     losses = {'cross_entropy': summed / count, 'logit_z_loss': z / count}
     if out.router_logits:
-      balance, router_z = router_losses(out.router_logits, out.token_mask, config.router_topk)
+      balance, router_z = router_losses(
+        out.router_logits, out.token_mask, config.router_topk, config.router_loss
+      )
       loss = loss + config.router_aux_loss_factor * balance + config.router_z_loss_factor * router_z
       losses |= {'load_balance_loss': balance, 'router_z_loss': router_z}
     if total is not None:

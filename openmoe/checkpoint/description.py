@@ -25,6 +25,14 @@ LARGEST_VOCABULARY = 32 << 20  # bytes of a SentencePiece model that a run direc
 
 
 @dataclasses.dataclass(frozen=True)
+class AddedToken:
+  """A token that was added to a SentencePiece model from outside."""
+
+  piece_text: str
+  id: int
+
+
+@dataclasses.dataclass(frozen=True)
 class VocabularyRecord:
   """Which vocabulary the tokens are of.
 
@@ -33,12 +41,14 @@ class VocabularyRecord:
     digest: sha256 of the file, hexadecimal.
     path: where the file was; a hint only, as what is opened is checked by its digest.
     extra_ids: sentinels behind the pieces.
+    added: tokens that the file itself does not have.
   """
 
   kind: str
   digest: str = ''
   path: str = ''
   extra_ids: int = 0
+  added: tuple[AddedToken, ...] = ()
 
   def __post_init__(self):
     if self.kind not in KINDS:
@@ -47,6 +57,11 @@ class VocabularyRecord:
       raise ConfigError(f'digest={fields.shown(self.digest)} must be 64 hexadecimal digits.')
     if self.extra_ids > 1 << 20:
       raise ConfigError(f'extra_ids={self.extra_ids} must be at most {1 << 20}.')
+    if len(self.added) > fields.LONGEST_LIST:
+      raise ConfigError(
+        f'{len(self.added)} added tokens are more than {fields.LONGEST_LIST}, which a description '
+        'holds; give a tokenizer.json, which has them inside.'
+      )
 
   @property
   def file_name(self) -> str:
@@ -69,6 +84,14 @@ class ChatRecord:
   template_text: str
   bos_text: str = ''
   eos_text: str = ''
+
+  def __post_init__(self):
+    for name in ('template_text', 'bos_text', 'eos_text'):
+      if len(getattr(self, name)) > fields.LONGEST_TEXT:
+        raise ConfigError(
+          f'{name} has {len(getattr(self, name))} characters, more than the {fields.LONGEST_TEXT} '
+          'of any template; remove it from the folder.'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,9 +285,13 @@ def undescribed(path: object, told: Mapping[str, Any]) -> str:
 # --- the vocabulary's file
 
 
-def vocabulary_record(kind: str, path: str, extra_ids: int, content: bytes) -> VocabularyRecord:
-  """The record of a vocabulary's file."""
-  return VocabularyRecord(kind, digest_of(content) if content else '', path, extra_ids)
+def vocabulary_record(
+  kind: str, path: str, extra_ids: int, content: bytes, added: Mapping[str, int] | None = None
+) -> VocabularyRecord:
+  """The record of a vocabulary's file, and of tokens that were added to it: text -> id."""
+  hint = path if path.isprintable() and len(path) <= fields.LONGEST_LINE else ''
+  tokens = tuple(AddedToken(text, token) for text, token in (added or {}).items())
+  return VocabularyRecord(kind, digest_of(content) if content else '', hint, extra_ids, tokens)
 
 
 def digest_of(content: bytes) -> str:
@@ -278,6 +305,16 @@ def keep_vocabulary(run: os.PathLike | str, record: VocabularyRecord, content: b
     return
   target.parent.mkdir(parents=True, exist_ok=True)
   write_whole(target, content)
+
+
+def kept_vocabulary(run: os.PathLike | str, record: VocabularyRecord) -> bytes:
+  """Content of the described file's copy in the run directory; empty where there is none.
+
+  Raises:
+    ConfigError: another file lies there, or it cannot be read.
+  """
+  there = record.kind != 'bytes' and (absolute(run) / record.file_name).exists()
+  return find_vocabulary(run, record) if there else b''
 
 
 def find_vocabulary(run: os.PathLike | str, record: VocabularyRecord) -> bytes:
@@ -297,18 +334,21 @@ def find_vocabulary(run: os.PathLike | str, record: VocabularyRecord) -> bytes:
       content = read_small(place, LARGEST_VOCABULARY)
     except (OSError, Unreadable) as error:
       raise ConfigError(f'The vocabulary {place} cannot be read: {error}; {remedy}.') from error
-    check_vocabulary(content, record, str(place), remedy)
+    check_vocabulary(record.kind, content, record, str(place), remedy)
     return content
   raise ConfigError(
     f'The vocabulary of {run} is neither at {kept} nor at {fields.shown(record.path)}; {remedy}.'
   )
 
 
-def check_vocabulary(content: bytes, record: VocabularyRecord, where: str, remedy: str) -> None:
-  """Raises ConfigError unless a file is the described vocabulary."""
+def check_vocabulary(
+  kind: str, content: bytes, record: VocabularyRecord, where: str, remedy: str
+) -> None:
+  """Raises ConfigError unless a file, of some kind, is the described vocabulary."""
   found = digest_of(content)
-  if found != record.digest:
+  if (kind, found) != (record.kind, record.digest):
+    described = f'{record.kind} {record.digest[:16]}...' if record.digest else record.kind
     raise ConfigError(
-      f'{where} is not the vocabulary that the checkpoint was made with: its sha256 is '
-      f'{found[:16]}..., described is {record.digest[:16]}...; {remedy}.'
+      f'{where} is not the vocabulary that the checkpoint was made with: it is {kind} of sha256 '
+      f'{found[:16]}..., described is {described}; {remedy}.'
     )

@@ -19,7 +19,7 @@ from openmoe.config import ConfigError
 
 T = TypeVar('T')
 LARGEST_INT = 2**63 - 1
-LONGEST_LINE, LONGEST_TEXT = 1024, 1 << 18
+LONGEST_LINE, LONGEST_TEXT, LONGEST_LIST = 1024, 1 << 18, 1000
 REMEDY = 'take an undamaged copy of the file'
 # What is done once for each of so many: a wrong number here must not cost hours.
 _MOST = {'num_layers': 4096, 'num_sparse_layers': 4096, 'num_experts': 1 << 16}
@@ -93,8 +93,8 @@ def _value(hint: Any, value: Any, name: str, where: str, remedy: str) -> Any:
       return None
     (hint,) = (h for h in typing.get_args(hint) if h is not type(None))
   if typing.get_origin(hint) is tuple:
-    if not isinstance(value, list | tuple) or len(value) > 1000:
-      raise refuse('a list of at most 1000 values')
+    if not isinstance(value, list | tuple) or len(value) > LONGEST_LIST:
+      raise refuse(f'a list of at most {LONGEST_LIST} values')
     inner = typing.get_args(hint)[0]
     return tuple(_value(inner, item, name, where, remedy) for item in value)
   if dataclasses.is_dataclass(hint):

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from openmoe.checkpoint import safe_json
+from openmoe.checkpoint.description import ChatRecord
+from openmoe.checkpoint.fields import LONGEST_LINE
 from openmoe.checkpoint.paths import Unreadable, read_small
 from openmoe.config import ConfigError
 from openmoe.inference.template import Renderer
@@ -52,8 +54,8 @@ class ChatTemplate:
     return self.render(messages, answer_follows)
 
   def encode(self, text: str, encode: Callable[[str], Sequence[int]], eos_id: int) -> list[int]:
-    """Token ids of a prompt, EOS where eos_text stands."""
-    if self.eos_text is None:
+    """Token ids of a prompt, EOS where eos_text stands and is no token of its own."""
+    if self.eos_text is None or len(list(encode(self.eos_text))) == 1:
       return list(encode(text))
     ids: list[int] = []
     for piece in re.split(f'({re.escape(self.eos_text)})', text):
@@ -81,11 +83,11 @@ JETMOE = ChatTemplate('jetmoe', _recipe, eos_text='</s>')
 OPENMOE_SYSTEM = 'You are a helpful, respectful and honest assistant.'
 
 
-def from_folder(folder: pathlib.Path) -> ChatTemplate | None:
-  """The template beside a tokenizer, if there is one; it is compiled when it is first used.
+def record_of(folder: pathlib.Path) -> ChatRecord | None:
+  """The template beside a tokenizer, if there is one; nothing is compiled.
 
   Raises:
-    ConfigError: tokenizer_config.json is there and cannot be read.
+    ConfigError: its file or tokenizer_config.json cannot be read, or it is longer than any.
   """
   facts = tokenizer_config(folder)
   own = folder / 'chat_template.jinja'
@@ -93,15 +95,31 @@ def from_folder(folder: pathlib.Path) -> ChatTemplate | None:
   if not source:
     return None
   text = lambda value: value.get('content', '') if isinstance(value, dict) else value or ''
-  bos, eos = text(facts.get('bos_token')), text(facts.get('eos_token')) or '</s>'
-  renderer = Renderer(source, str(folder))
+  name = ''.join(filter(str.isprintable, folder.name))[:LONGEST_LINE]
+  return ChatRecord(name, source, text(facts.get('bos_token')), text(facts.get('eos_token')))
+
+
+def of_record(record: ChatRecord) -> ChatTemplate:
+  """The template that a checkpoint tells of; it is compiled when it is first used."""
+  bos, eos = record.bos_text, record.eos_text or '</s>'
+  renderer = Renderer(record.template_text, record.name)
 
   def render(messages: Messages, answer_follows: bool) -> str:
     values = {'messages': list(messages), 'add_generation_prompt': answer_follows}
     out = renderer.render(values | {'bos_token': bos, 'eos_token': eos})
     return out.removeprefix(bos)  # the model adds it
 
-  return ChatTemplate(folder.name, render, eos_text=eos)
+  return ChatTemplate(record.name, render, eos_text=eos)
+
+
+def from_folder(folder: pathlib.Path) -> ChatTemplate | None:
+  """The template beside a tokenizer, if there is one.
+
+  Raises:
+    ConfigError: as record_of().
+  """
+  record = record_of(folder)
+  return of_record(record) if record else None
 
 
 def tokenizer_config(folder: pathlib.Path) -> dict[str, Any]:

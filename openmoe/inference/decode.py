@@ -11,6 +11,7 @@ This module knows tokens only; text, batches and models are in inference.py.
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 
 import flax.linen as nn
@@ -46,7 +47,7 @@ class Sampling:
   top_p: float = 1.0
 
   def __post_init__(self):
-    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+    if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
       raise ConfigError(f'{self}: temperature and top_k must be >= 0 and top_p in (0, 1].')
 
   @property
@@ -91,10 +92,20 @@ def inference_config(config: ModelConfig, capacity: bool = False) -> ModelConfig
 def decoder(config: ModelConfig, tokens: int) -> nn.Module:
   """The model for calls of so many tokens: with the largest routing group that divides them.
 
-  Only capacity makes groups matter.
+  Only capacity makes groups matter. Devices have whole groups, as in training.
+
+  Raises:
+    ConfigError: the tokens do not divide over the devices.
   """
   if config.moe is not None and config.moe.dispatch is not Dispatch.DROPLESS:
-    size = next(n for n in range(min(config.moe.group_size, tokens), 0, -1) if tokens % n == 0)
+    devices = partitioning.partitions('act_batch')
+    most = min(config.moe.group_size, tokens)
+    size = next((n for n in range(most, 0, -1) if tokens % (n * devices) == 0), None)
+    if size is None:
+      raise ConfigError(
+        f'{tokens} tokens of a batch do not divide over {devices} devices, each of which routes '
+        'whole groups with capacity; leave capacity off, or use fewer devices.'
+      )
     config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, group_size=size))
   return build_model(config, run_experts=run_experts)
 

@@ -70,18 +70,7 @@ class TextTokenizer:
       ConfigError: there is none, or reading it needs a package that is not installed.
     """
     place = pathlib.Path(path)
-    names = [place / name for name in (*MODELS, 'tokenizer.json')] if place.is_dir() else [place]
-    file = next((name for name in names if name.is_file()), None)
-    if file is None:
-      raise ConfigError(
-        f'{path} has no tokenizer: none of {[*MODELS, "tokenizer.json"]} is there. Copy it into '
-        'the folder, or give the file, vocabulary=PATH (--vocabulary=PATH).'
-      )
-    try:
-      content = read_small(file, _LARGEST)
-    except (OSError, Unreadable) as error:
-      raise ConfigError(f'{file} cannot be read: {error}') from error
-    kind = 'tokenizer.json' if file.suffix == '.json' else 'sentencepiece'
+    kind, file, content = read_tokenizer(path)
     added = added_tokens(place) if place.is_dir() and kind == 'sentencepiece' else {}
     return cls.of(kind, content, str(file), eos_id, added=added)
 
@@ -138,6 +127,27 @@ class TextTokenizer:
     """Tells tokenizers apart by content."""
     content = self._content + repr(sorted(self.added.items())).encode() * bool(self.added)
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def read_tokenizer(path: str) -> tuple[str, pathlib.Path, bytes]:
+  """(kind, file, content) of a tokenizer's file, or of the one in a folder.
+
+  Raises:
+    ConfigError: there is none, or it cannot be read.
+  """
+  place = pathlib.Path(path)
+  names = [place / name for name in (*MODELS, 'tokenizer.json')] if place.is_dir() else [place]
+  file = next((name for name in names if name.is_file()), None)
+  if file is None:
+    raise ConfigError(
+      f'{path} has no tokenizer: none of {[*MODELS, "tokenizer.json"]} is there. Copy it into '
+      'the folder, or give the file, vocabulary=PATH (--vocabulary=PATH).'
+    )
+  try:
+    content = read_small(file, _LARGEST)
+  except (OSError, Unreadable) as error:
+    raise ConfigError(f'{file} cannot be read: {error}') from error
+  return 'tokenizer.json' if file.suffix == '.json' else 'sentencepiece', file, content
 
 
 def added_tokens(folder: pathlib.Path) -> dict[str, int]:

@@ -190,7 +190,6 @@ def test_files_and_labels_that_cannot_be_used_are_refused(tmp_path):
     ({'labels': ['a', 1]}, 'labels must be two or more'),
     ({'labels': ['a', 'a']}, 'a label is there more than once'),
     ({'labels': 'ab'}, "labels is 'ab'; a list belongs there"),
-    ({'added_tokens': {'a': 'b'}}, 'added_tokens must be texts with whole numbers'),
   ],
 )
 def test_folders_that_were_changed_are_refused(change, message, saved, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -23,7 +24,15 @@ from convert.core.tensors import Stored
 from convert.formats.ours import OursSink
 from convert.run import Options, convert, find_form
 from openmoe.checkpoint.description import model_fields
-from openmoe.config import ModelConfig, MoEConfig
+from openmoe.config import (
+  CapacityConvention,
+  Dispatch,
+  ModelConfig,
+  MoEConfig,
+  Remat,
+  RouterLoss,
+  RouterOrder,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / 'tests' / 'golden'
@@ -58,6 +67,44 @@ JETMOE = sizes.of_told(
   'tests',
 )
 STEP = 7
+# Values of every field that does not shape a parameter, none of them the default.
+COMPUTED = {
+  'dtype': 'float32',
+  'dropout_rate': 0.125,
+  'init_scale': 0.3,
+  'init_std': 0.2,
+  'rope_theta': 5000.0,
+  'norm_epsilon': 1e-3,
+  'final_norm_epsilon': 1e-2,
+  'float32_attention': True,
+  'remat': Remat.FULL,
+  'vocab_block': 128,
+  'logit_z_weight': 0.5,
+}
+ROUTED = {
+  'top_k': 3,
+  'group_size': 512,
+  'capacity_factor': 2.5,
+  'eval_capacity_factor': 3.0,
+  'min_expert_capacity': 7,
+  'capacity_convention': CapacityConvention.COLOSSALAI,
+  'router_order': RouterOrder.TOP_K_SOFTMAX,
+  'load_balance_weight': 0.5,
+  'router_z_weight': 0.25,
+  'router_loss': RouterLoss.SUM,
+  'router_init_std': 0.7,
+  'jitter_noise': 0.01,
+  'ignore_padding': True,
+  'dispatch': Dispatch.MASK,
+}
+SHAPES = {'name', 'vocab_size', 'num_layers', 'embed_dim', 'mlp_dim', 'num_heads', 'head_dim'}
+SHAPES |= {'num_sparse_layers', 'moe', 'architecture'}
+
+
+def unusual() -> ModelConfig:
+  """CONFIG, every other field changed."""
+  moe = dataclasses.replace(CONFIG.moe, **ROUTED)
+  return dataclasses.replace(CONFIG, moe=moe, **COMPUTED)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from convert.formats import hf_config
 from convert.load import load_classifier, load_params
 from convert.logits import forward
 from convert.run import Options, convert, find_form
+from openmoe.checkpoint.description import Description
 from openmoe.models import abstract_params, build_model
 from tests.convert import case
 from tests.parity import jetmoe as parity
@@ -151,7 +152,7 @@ def test_t5x_is_refused_both_ways(jetmoe, t5x, tmp_path):
 
 def test_configurations_go_there_and_back():
   config = sizes.named('jetmoe_8b')
-  fields = hf_config.to_hf(config, 'bfloat16', None, {})
+  fields = hf_config.to_hf(Description(config), 'bfloat16', None)
   again = sizes.of_told(hf_config.sizes(fields), 'config.json')
   # How activations are recomputed and tokens are grouped is of a run, not of the weights.
   assert dataclasses.replace(again, remat=config.remat) == config

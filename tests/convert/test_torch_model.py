@@ -163,6 +163,9 @@ def test_router_losses_at_perfect_balance():
   mask = torch.zeros(12, dtype=torch.bool)
   mask[:3] = True  # three of four experts first: no longer balanced
   assert float(router_losses((logits,), mask, 2)[0]) > 2.05
+  total, z = router_losses((logits, 0 * logits), None, 2, 'sum')
+  close(total, torch.tensor(2.0), 1e-6)  # 1 a layer, of two layers
+  close(z, torch.log(torch.tensor(4.0)) ** 2, 1e-5)
 
 
 def test_row_0_of_the_embedding_trains():
@@ -189,7 +192,7 @@ def test_gradients_survive_checkpointing():
 
 @pytest.mark.parametrize(
   ('name', 'convention'),
-  [('released', CapacityConvention.RELEASED), ('colossalai', CapacityConvention.COLOSSALAI)],
+  [(convention.value, convention) for convention in CapacityConvention],
 )
 def test_capacity_is_that_of_the_jax_model(name, convention):
   for n in (16, 60, 100, 250, 4096):
@@ -201,8 +204,10 @@ def test_capacity_is_that_of_the_jax_model(name, convention):
 
 
 @torch.no_grad()
-def test_released_capacity_drops_by_group():
-  model = tiny(router_capacity='released', router_group_size=16, router_min_capacity=1)
+@pytest.mark.parametrize('capacity', ['released', 'with_top_k'])
+def test_capacity_drops_by_group(capacity):
+  fields = {'router_group_size': 16, 'router_min_capacity': 1, 'router_capacity_factor_eval': 0.5}
+  model = tiny(router_capacity=capacity, **fields)
   x = tokens(4, 8)
   alone = torch.cat([model(x[:2]).logits, model(x[2:]).logits])
   close(model(x).logits, alone)

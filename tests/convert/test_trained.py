@@ -1,6 +1,7 @@
 """A checkpoint as training saves it, with optimizer state, to t5x and back, and to a fsck."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +10,18 @@ import pytest
 
 from convert.core.names import name_table
 from convert.core.tensors import ConvertError
-from convert.formats import hf_config
+from convert.formats import hf_jetmoe
 from convert.run import Options, convert, find_form
 from convert.sizes import of_form
+from convert.upcycle import dense_config, described_as
 from openmoe.checkpoint import checkpointer as checkpoint
 from openmoe.checkpoint import description
 from openmoe.checkpoint.description import identity
 from openmoe.config import (
-  CapacityConvention,
-  Dispatch,
+  ConfigError,
   ModelConfig,
   MoEConfig,
   OptimizerConfig,
-  Remat,
-  RouterLoss,
   RouterOrder,
 )
 from openmoe.models import abstract_params
@@ -124,50 +123,10 @@ def restored_state(run, state):
   return reader.restore(case.STEP, abstract)[0]
 
 
-# Values of every field that does not shape a parameter, none of them the default.
-COMPUTED = {
-  'dtype': 'float32',
-  'dropout_rate': 0.125,
-  'init_scale': 0.3,
-  'init_std': 0.2,
-  'rope_theta': 5000.0,
-  'norm_epsilon': 1e-3,
-  'final_norm_epsilon': 1e-2,
-  'float32_attention': True,
-  'remat': Remat.FULL,
-  'vocab_block': 128,
-  'logit_z_weight': 0.5,
-}
-ROUTED = {
-  'top_k': 3,
-  'group_size': 512,
-  'capacity_factor': 2.5,
-  'eval_capacity_factor': 3.0,
-  'min_expert_capacity': 7,
-  'capacity_convention': CapacityConvention.COLOSSALAI,
-  'router_order': RouterOrder.TOP_K_SOFTMAX,
-  'load_balance_weight': 0.5,
-  'router_z_weight': 0.25,
-  'router_loss': RouterLoss.SUM,
-  'router_init_std': 0.7,
-  'jitter_noise': 0.01,
-  'ignore_padding': True,
-  'dispatch': Dispatch.MASK,
-}
-SHAPES = {'name', 'vocab_size', 'num_layers', 'embed_dim', 'mlp_dim', 'num_heads', 'head_dim'}
-SHAPES |= {'num_sparse_layers', 'moe', 'architecture'}
-
-
-def unusual() -> ModelConfig:
-  """case.CONFIG, every other field changed."""
-  moe = dataclasses.replace(case.CONFIG.moe, **ROUTED)
-  return dataclasses.replace(case.CONFIG, moe=moe, **COMPUTED)
-
-
 def test_every_field_has_another_value_than_the_default():
   for kind, changed, shapes in (
-    (ModelConfig, COMPUTED, SHAPES),
-    (MoEConfig, ROUTED, {'num_experts'}),
+    (ModelConfig, case.COMPUTED, case.SHAPES),
+    (MoEConfig, case.ROUTED, {'num_experts'}),
   ):
     fields = {f.name: f.default for f in dataclasses.fields(kind) if f.name not in shapes}
     missing = sorted(fields.keys() - changed.keys())
@@ -178,16 +137,36 @@ def test_every_field_has_another_value_than_the_default():
 
 @pytest.mark.parametrize('kind', ['hf', 't5x'])
 def test_every_field_survives_every_form(kind, state, tmp_path):
-  config = unusual()
+  config = case.unusual()
   saver = checkpoint.Checkpointer(tmp_path / 'ours', keep=1, identity=identity(config))
-  saver.save(case.STEP, state, {}, described(config))
+  told = {'row_length': 4096, 'pad_id': 3, 'start_id': 4, 'eos_ids': (5, 6)}
+  told['chat'] = description.ChatRecord('folder', '{{ messages }}é', '<s>', '</s>')
+  saver.save(case.STEP, state, {}, described(config, **told))
   saver.close()
   there = convert(find_form(tmp_path / 'ours'), kind, tmp_path / kind, None, Options())
   back = convert(find_form(there.path), 'ours', tmp_path / 'back', None, Options())
   assert of_form(find_form(back.path), None) == config
   reader = checkpoint.Checkpointer(tmp_path / 'back', 1, None, read_only=True)
-  assert reader.describe(case.STEP).model == config
+  found = reader.describe(case.STEP)
   reader.close()
+  chat = dataclasses.replace(found.chat, name='folder')  # a name is the folder's
+  assert dataclasses.replace(found, chat=chat) == description.Description(config, **told)
+
+
+def test_the_way_over_t5x_keeps_what_training_said(state, tmp_path):
+  record = description.vocabulary_record('sentencepiece', '/gone/spiece.model', 20, b'pieces')
+  record = dataclasses.replace(record, added=(description.AddedToken('<|end|>', 63),))
+  told = {'tokens_seen': 12345, 'objective': 'prefix', 'vocabulary': record}
+  saver = checkpoint.Checkpointer(tmp_path / 'ours', keep=1, identity=identity(case.CONFIG))
+  saver.save(case.STEP, state, {}, described(case.CONFIG, **told))
+  saver.close()
+  description.keep_vocabulary(tmp_path / 'ours', record, b'pieces')
+  there = convert(
+    find_form(tmp_path / 'ours'), 't5x', tmp_path / 't5x', None, Options(logits=False)
+  )
+  back = convert(find_form(there.path), 'ours', tmp_path / 'back', None, Options(logits=False))
+  assert find_form(back.path).description == description.Description(case.CONFIG, **told)
+  assert (tmp_path / 'back' / record.file_name).read_bytes() == b'pieces'
 
 
 def test_what_jetmoe_cannot_hold_is_refused_by_name():
@@ -197,7 +176,7 @@ def test_what_jetmoe_cannot_hold_is_refused_by_name():
      'router_order='),
   ):  # fmt: skip
     with pytest.raises(ConvertError, match=f'--to hf: {name}'):
-      hf_config.to_hf(dataclasses.replace(case.JETMOE, **change), 'float32', None, {})
+      hf_jetmoe.to_hf(dataclasses.replace(case.JETMOE, **change))
 
 
 @pytest.mark.parametrize('clip', [None, 1.0])
@@ -213,10 +192,87 @@ def test_moments_are_found_where_the_optimizer_puts_them(clip, state, tmp_path):
   t5x = convert(form, 't5x', tmp_path / 't5x', None, Options(optimizer=True))
   wi_0 = 'state/param_states/decoder/layers_1/mlp/expert/wi_0/kernel'
   assert find_form(t5x.path).tensors()[f'{wi_0}/v_row'].shape == (4, 32)
+  back = convert(find_form(t5x.path), 'ours', tmp_path / 'back', None, Options(optimizer=True))
+  restored = restored_state(tmp_path / 'back', whole)
+  jax.tree.map(np.testing.assert_array_equal, restored, whole)
+  assert find_form(back.path).description.optimizer == record
 
 
-def test_an_export_carries_no_references_to_code_of_others():
-  kept = {'auto_map': {'AutoConfig': 'evil.Config'}, 'eos_token_id': [2, 5], 'bos_token_id': 'x'}
-  fields = hf_config.to_hf(case.JETMOE, 'float32', None, kept)
-  assert 'auto_map' not in fields
-  assert (fields['eos_token_id'], fields['bos_token_id']) == ([2, 5], 0)
+def test_a_folder_points_at_no_code_but_its_own(state, tmp_path):
+  """Whatever a checkpoint's metadata say, an export takes tokens from it as numbers alone."""
+  saver = checkpoint.Checkpointer(tmp_path / 'run', keep=1, identity=identity(case.CONFIG))
+  evil = {'auto_map': {'AutoConfig': 'evil-repo--mod.Class'}, 'bos_token_id': 3}
+  about = {'model': description.model_fields(case.CONFIG), 'hf_fields': evil}
+  saver.save(case.STEP, state, {}, about)
+  saver.close()
+  made = convert(find_form(tmp_path / 'run'), 'hf', tmp_path / 'hf', None, Options(logits=False))
+  text = (made.path / 'config.json').read_text('utf-8')
+  assert 'evil' not in text and '"bos_token_id": 3' in text
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'num_hidden_layers': None}, 'num_hidden_layers=None must be a whole number of at least 1'),
+    ({'num_hidden_layers': '2'}, "num_hidden_layers='2' must be a whole number"),
+    ({'vocab_size': 2.0}, 'vocab_size=2.0 must be a whole number'),
+    ({'head_dim': True}, 'head_dim=True must be a whole number'),
+    ({'moe_layer_interval': 3}, 'moe_layer_interval=3 must be a divisor of num_hidden_layers=4'),
+    ({'moe_layer_interval': None}, 'moe_layer_interval=None must be a whole number'),
+    ({'num_experts': -1}, 'num_experts=-1 must be a whole number of at least 0'),
+    ({'num_key_value_heads': 1}, 'num_key_value_heads=1 must be num_attention_heads=2'),
+    ({'router_topk': '2'}, "router_topk='2' must be a whole number"),
+    ({'router_capacity_factor_train': None}, 'router_capacity_factor_train=None must be a finite'),
+    ({'router_order': 3}, 'router_order=3 must be one of'),
+    ({'rms_norm_eps': 'small'}, "rms_norm_eps='small' must be a finite number"),
+    ({'rms_norm_eps': float('nan')}, 'rms_norm_eps=nan must be a finite number'),
+    ({'rope_theta': []}, r'rope_theta=\[\] must be a finite number'),
+    ({'architectures': {'a': 1}, 'model_type': None}, 'model_type=None .*; give a folder of'),
+    ({'bos_token_id': 64}, 'bos_token_id=64 must be a token below vocab_size=64'),
+    ({'pad_token_id': 'x'}, "pad_token_id='x' must be a token below"),
+    ({'eos_token_id': [1, None, -1]}, 'eos_token_id=-1 must be a token below'),
+    ({'max_position_embeddings': 'long'}, "max_position_embeddings='long' must be a whole number"),
+  ],
+)
+def test_odd_values_of_a_folder_are_named(changes, message, hf, tmp_path):
+  refused(hf, changes, message, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'num_local_experts': None}, 'num_local_experts=None must be a whole number'),
+    ({'kv_channels': '16'}, "kv_channels='16' must be a whole number"),
+    ({'num_experts_per_tok': 0}, 'num_experts_per_tok=0 must be a whole number of at least 1'),
+    ({'rms_norm_eps': 'x'}, "rms_norm_eps='x' must be a finite number"),
+    ({'rope_parameters': 3}, 'rope_parameters=3 must be an object'),
+    ({'rope_parameters': {'rope_theta': 'x'}}, "rope_theta='x' must be a finite number"),
+    ({'aux_loss_coef': None}, 'aux_loss_coef=None must be a finite number'),
+  ],
+)
+def test_odd_values_of_a_jetmoe_folder_are_named(changes, message, jetmoe_hf, tmp_path):
+  refused(jetmoe_hf, changes, message, tmp_path)
+
+
+def refused(folder, changes, message, tmp_path):
+  """A folder with these changes to config.json cannot be opened, and is told so."""
+  other = tmp_path / 'hf'
+  other.mkdir()
+  for file in folder.iterdir():
+    (other / file.name).hardlink_to(file)
+  fields = json.loads((folder / 'config.json').read_text('utf-8'))
+  (other / 'config.json').unlink()
+  (other / 'config.json').write_text(json.dumps(fields | changes), 'utf-8')
+  form = find_form(other)
+  with pytest.raises(ConvertError, match=f'{message}.*(repair|OpenMoE|take)'):
+    form.describe(of_form(form, None))
+
+
+def test_an_upcycled_checkpoint_computes_as_the_dense_one(tmp_path):
+  dense = dense_config(case.CONFIG)
+  told = description.Description(dense, eos_ids=(1, 5), row_length=77)
+  found = described_as(told, case.CONFIG, dense, 'run')
+  assert (found.model, found.eos_ids, found.row_length) == (case.CONFIG, (1, 5), 77)
+  other = description.Description(dataclasses.replace(dense, norm_epsilon=1e-3))
+  with pytest.raises(ConfigError, match='norm_epsilon is 0.001 there and 1e-06 in tiny'):
+    described_as(other, case.CONFIG, dense, 'run')

@@ -18,14 +18,19 @@ from convert.core.names import to_hf as hf_tensors
 from convert.formats import hf_jetmoe
 from convert.formats.hf_config import to_hf
 from convert.open import load
+from convert.run import Options, convert, find_form
 from openmoe.checkpoint import description
 from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.checkpoint.description import identity
 from openmoe.config import ConfigError, ModelConfig
 from openmoe.data.vocabulary import train_vocabulary
+from openmoe.evaluation.items import EvaluationTask, Item, Prompt
+from openmoe.evaluation.run import EvaluationConfig, evaluate_task
 from openmoe.inference.model import LanguageModel
 from openmoe.models import abstract_params
 from openmoe.train_step import TrainState
+from tests.convert import case as convert_case
+from tests.evaluation_case import Silent
 
 SIZES = {'num_layers': 2, 'embed_dim': 16, 'mlp_dim': 16, 'num_heads': 4, 'head_dim': 4}
 # What would run, were a run's config.gin parsed.
@@ -134,7 +139,10 @@ def test_a_run_says_its_model_and_vocabulary_and_runs_nothing(run, tmp_path):
 
 def hf_folder(folder, config, params, vocabulary) -> str:
   tensors = hf_tensors(name_table(config), flax.traverse_util.flatten_dict(params, sep='/'))
-  facts = to_hf(config, 'float32', 7, {}) | {'bos_token_id': 0, 'eos_token_id': 1}
+  facts = to_hf(description.Description(config), 'float32', 7) | {
+    'bos_token_id': 0,
+    'eos_token_id': 1,
+  }
   save_file(tensors, folder / 'model.safetensors')
   (folder / 'config.json').write_text(json.dumps(facts))
   shutil.copyfile(vocabulary, folder / 'spiece.model')
@@ -200,6 +208,16 @@ def test_an_old_checkpoint_opens_when_the_user_says_what_it_is(old_run, vocabula
     load(str(old_run), vocabulary=vocabulary, model='openmoe_tiny')
 
 
+def test_another_vocabulary_than_the_described_one_is_refused(run, vocabulary, tmp_path):
+  other = tmp_path / 'other.model'
+  other.write_bytes(pathlib.Path(vocabulary).read_bytes() + b' ')
+  with pytest.raises(ConfigError, match='other.model is not the vocabulary that the checkpoint'):
+    load(str(run[0]), vocabulary=str(other))
+  given = load(str(run[0]), vocabulary=vocabulary).vocabulary
+  assert given.decode([300]).strip() == '<extra_id_19>'
+  assert given.fingerprint() == load(str(run[0])).vocabulary.fingerprint()
+
+
 def test_another_vocabulary_in_the_place_of_the_described_one_is_refused(run, tmp_path):
   copy = shutil.copytree(run[0], tmp_path / 'copy')
   (kept,) = copy.glob('vocabulary_*.model')
@@ -229,3 +247,69 @@ def test_several_ends_and_added_tokens_of_a_folder(vocabulary, tmp_path):
   (tmp_path / 'added_tokens.json').write_text('{"a": "b"}')
   with pytest.raises(ConfigError, match="added_tokens.json: the added token 'a': 'b'"):
     load(folder)
+
+
+@pytest.mark.parametrize('kind', ['ours', 'hf'])
+def test_every_field_reaches_generation_and_evaluation(kind, vocabulary, tmp_path):
+  """Epsilons, routing, capacity and all else are the checkpoint's, never defaults."""
+  config = dataclasses.replace(convert_case.unusual(), vocab_size=320)
+  # Large enough that the logits are not all alike.
+  params = jax.tree.map(lambda x: jnp.asarray(3 * x), random_params(config))
+  content = pathlib.Path(vocabulary).read_bytes()
+  record = description.vocabulary_record('sentencepiece', vocabulary, 0, content)
+  told = description.Description(config, vocabulary=record, start_id=2, eos_ids=(9,))
+  description.keep_vocabulary(tmp_path / 'run', record, content)
+  writer = Checkpointer(tmp_path / 'run', 1, identity(config))
+  state = TrainState(jnp.asarray(5, jnp.int32), params, ())
+  writer.save(5, state, {}, {description.KEY: told.plain()})
+  writer.close()
+  place = tmp_path / 'run'
+  if kind == 'hf':
+    place = convert(find_form(place), 'hf', tmp_path / 'hf', None, Options(logits=False)).path
+    shutil.copyfile(vocabulary, place / 'spiece.model')
+  model = load(str(place), capacity=True)
+  assert dataclasses.replace(model.config, name=config.name) == config  # dispatch and padding too
+  assert (model.start_id, model.eos_ids) == (2, (9,))
+  options = {'start_id': 2, 'eos_ids': (9,), 'capacity': True}
+  direct = LanguageModel(config, params, model.vocabulary, **options)
+  ids = model.vocabulary.encode('a few words of text')
+  if kind == 'ours':
+    (got,), (want,) = (m.generate([ids], 6)[0] for m in (model, direct))
+    assert got.tokens == want.tokens
+    assert got.log_probs == pytest.approx(want.log_probs, abs=2e-5)
+  defaults = dataclasses.replace(convert_case.CONFIG, vocab_size=320)
+  plain = LanguageModel(defaults, params, model.vocabulary, **options)
+  item = Item('one', Prompt('a few'), choices=(' words', ' text'), scores=(1.0, 0.0))
+  measure = lambda item, prediction: {'first': prediction.log_probs[0]}
+  task = EvaluationTask('tiny', 'tiny', lambda: [item], 'first', measure)
+  settings = EvaluationConfig(str(place), str(tmp_path / 'out'), ('tiny',), resamples=2)
+  result = evaluate_task(model, task, settings, Silent())
+  assert result['model']['fingerprint'] == model.fingerprint
+  parts = lambda choice: (model.vocabulary.encode('a few'), model.vocabulary.encode(choice))
+  asked = [parts(choice) for choice in item.choices]
+  found = result['items'][0]['log_probs']
+  assert found == pytest.approx([s.log_prob for s in direct.score(asked)], abs=5e-5)
+  assert abs(found[0] - plain.score(asked)[0].log_prob) > 1e-2
+
+
+def test_an_imported_folder_keeps_its_tokens_its_template_and_its_context(vocabulary, tmp_path):
+  """What opens as a folder opens alike as the run that was made of it, and as a folder again."""
+  config = dataclasses.replace(jetmoe(), vocab_size=322)
+  folder = tmp_path / 'folder'
+  folder.mkdir()
+  hf_folder(folder, config, random_params(config), vocabulary)
+  facts = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps(facts | {'max_position_embeddings': 5000}))
+  (folder / 'generation_config.json').write_text('{"eos_token_id": [1, 9]}')
+  (folder / 'added_tokens.json').write_text('{"<|im_end|>": 321}')
+  (folder / 'tokenizer_config.json').write_text('{"eos_token": "<|im_end|>"}')
+  (folder / 'chat_template.jinja').write_text('{{ messages[0].content }}<|im_end|>')
+  made = convert(find_form(folder), 'ours', tmp_path / 'run', None, Options(logits=False))
+  again = convert(find_form(made.path), 'hf', tmp_path / 'again', None, Options(logits=False))
+  for name in ('spiece.model', 'added_tokens.json'):
+    shutil.copyfile(folder / name, again.path / name)
+  for place in (folder, tmp_path / 'run', again.path):
+    model = load(str(place))
+    assert model.eos_ids == (1, 9) and model.max_length == 5000, place
+    words = model.vocabulary.encode('a few words')
+    assert model.encode_chat([{'role': 'user', 'content': 'a few words'}]) == [*words, 321], place
