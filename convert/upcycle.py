@@ -54,9 +54,6 @@ def dense_config(config: ModelConfig, name: str | None = None) -> ModelConfig:
       return dataclasses.replace(config, name=name, moe=moe)
 
 
-_COMPUTED = ('norm_epsilon', 'final_norm_epsilon', 'rope_theta')
-
-
 def described_as(
   told: Description | None, config: ModelConfig, dense: ModelConfig, where: str
 ) -> Description:
@@ -71,10 +68,16 @@ def described_as(
   """
   if told is None:
     return Description(config)
+  computed = lambda model: {
+    'norm_epsilon': model.norm_epsilon,
+    'final_norm_epsilon': model.final_norm_epsilon or model.norm_epsilon,
+    'rope_theta': model.rope_theta,
+  }
+  there, here = computed(told.model), computed(dense)
   differ = [
-    f'{name} is {getattr(told.model, name)} there and {getattr(dense, name)} in {config.name}'
-    for name in _COMPUTED
-    if getattr(told.model, name) != getattr(dense, name)
+    f'{name} is {there[name]} there and {here[name]} in {config.name}'
+    for name in here
+    if there[name] != here[name]
   ]
   if differ:
     raise ConfigError(

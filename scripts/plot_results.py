@@ -48,10 +48,10 @@ def draw_cost(args: argparse.Namespace) -> list[str]:
 
 def draw_bars(args: argparse.Namespace) -> list[str]:
   summaries = [points.read_summary(directory) for directory in args.directories]
-  names = [summary['model']['name'] for summary in summaries]
+  names = [name for name, _ in summaries]
   if len(set(names)) < len(names):
     names = list(points.short_names(args.directories))
-  bars = {name: summary['rows'] for name, summary in zip(names, summaries, strict=True)}
+  bars = {name: rows for name, (_, rows) in zip(names, summaries, strict=True)}
   figure, rows = figures.bars_figure(bars)
   return figures.write(figure, rows, pathlib.Path(args.out) / 'bars')
 

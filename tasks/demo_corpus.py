@@ -19,6 +19,7 @@ import tokenize
 from collections.abc import Iterator
 
 from openmoe.config import ConfigError
+from openmoe.data import files
 from openmoe.data.vocabulary import train_vocabulary
 
 # Pieces and sentinels: 2048 rows in all; 128 sentinels are enough for lengths up to 512.
@@ -40,9 +41,9 @@ _SKIPPED_FOLDERS = {
 def _sources() -> Iterator[tuple[str, str]]:
   """(module path, source) of the standard library's Python files, sorted."""
   root = sysconfig.get_path('stdlib')
-  for folder, folders, files in os.walk(root):
+  for folder, folders, names in os.walk(root):
     folders[:] = sorted(f for f in folders if f not in _SKIPPED_FOLDERS)
-    for name in sorted(files):
+    for name in sorted(names):
       if name.endswith('.py'):
         path = os.path.join(folder, name)
         with tokenize.open(path) as f:
@@ -102,8 +103,8 @@ def is_complete(directory: str) -> bool:
   path = os.path.join(directory, 'manifest.json')
   if not os.path.exists(path):
     return False
-  with open(path, encoding='utf-8') as f:
-    return json.load(f).get('format') == _FORMAT
+  manifest = files.read_json(path)
+  return isinstance(manifest, dict) and manifest.get('format') == _FORMAT
 
 
 def prepare(directory: str) -> dict[str, object]:
@@ -121,8 +122,7 @@ def prepare(directory: str) -> dict[str, object]:
   directory = os.path.abspath(directory)
   manifest_path = os.path.join(directory, 'manifest.json')
   if is_complete(directory):
-    with open(manifest_path, encoding='utf-8') as f:
-      return json.load(f)
+    return files.read_json(manifest_path)
   if os.path.isdir(directory) and os.listdir(directory):
     raise ConfigError(
       f'{directory} holds files but no complete demo data; remove it or choose another folder.'

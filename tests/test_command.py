@@ -140,19 +140,3 @@ def test_wrong_arguments_are_usage_errors(capsys):
       parser.parse_args(wrong)
     assert stop.value.code == 64
     assert 'error: ' in capsys.readouterr().err
-
-
-def test_what_orbax_raises_is_told_once(tmp_path):
-  code = (
-    'import sys\nfrom openmoe.observe import command\ncommand.prepare("__main__")\n'
-    'from absl import logging\n'
-    'exec(compile("try: 1 / 0\\nexcept ZeroDivisionError: logging.exception(\'save failed\')",'
-    ' sys.argv[1], "exec"), {"logging": logging})\n'
-  )
-  told = {}
-  for place in ('/lib/orbax/checkpoint/manager.py', '/lib/other/manager.py'):
-    done = subprocess.run(
-      [sys.executable, '-c', code, place], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    told[place] = done.stderr
-  assert [text.count('ZeroDivisionError') for text in told.values()] == [0, 1]

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from openmoe.config import ConfigError
-from openmoe.evaluation import figures
+from openmoe.evaluation import figures, points
 from scripts import plot_results
 
 
@@ -23,8 +23,8 @@ def test_every_published_benchmark_is_drawn_with_a_table(tmp_path, capsys):
   assert plot_results.main(['cost', '--out', str(tmp_path)]) == 0
   published = figures.read_published(plot_results._PUBLISHED)
   assert len(capsys.readouterr().out.split()) == 3 * len(published)
-  for name, points in published.items():
-    assert len(written(tmp_path, f'cost_{name}')) == len(points)
+  for name, found in published.items():
+    assert len(written(tmp_path, f'cost_{name}')) == len(found)
   rows = {row['model']: row for row in written(tmp_path, 'cost_triviaqa')}
   assert len(rows) == 22
   # The released table has ten times this.
@@ -49,6 +49,9 @@ def summary(directory, scores):
       'group': group,
       'metric': 'em',
       'score': score,
+      'low95': 0.9 * score,
+      'high95': 1.1 * score,
+      'dropped': 0.0,
       'normalised': 100 * score,
       'normalised95': [90 * score, 110 * score],
       'items': 5,
@@ -134,3 +137,29 @@ def test_a_damaged_file_of_published_figures_is_named(tmp_path):
   path.write_text(plot_results._PUBLISHED.read_text() + 'a,b,x,1,1,mmlu,1,s\n')
   with pytest.raises(ConfigError, match=r'line \d+ does not read'):
     figures.read_published(path)
+
+
+@pytest.mark.parametrize(
+  ('content', 'said'),
+  [
+    (b'[]', 'holds a list'),
+    (b'{"model": {"name": "a"}, "rows": 5}', 'rows is 5; a list belongs there'),
+    (b'{"model": {"name": "a"}, "rows": [5]}', 'rows is 5, not an object'),
+    (b'{"model": {"name": "a"}, "rows": [{"group": "x"}]}', 'lacks metric'),
+    (b'{"model": {}, "rows": []}', 'lacks name'),
+    (b'[' * 9999, 'nested too deeply'),
+    (b'{"rows": ' + b'9' * 5000 + b'}', 'too long'),
+    (b'\xff', 'no JSON'),
+  ],
+)
+def test_a_damaged_summary_is_one_sentence(content, said, tmp_path):
+  (tmp_path / 'summary.json').write_bytes(content)
+  with pytest.raises(ConfigError, match=f'{said}.*run scripts.evaluate again'):
+    points.read_summary(str(tmp_path))
+
+
+@pytest.mark.parametrize('content', [b'\xff\xfe', b'family,"model\n', b'a\x00b\n'])
+def test_damaged_published_figures_are_one_sentence(content, tmp_path):
+  (tmp_path / 'x.csv').write_bytes(content)
+  with pytest.raises(ConfigError, match=r'x\.csv (is no CSV in UTF-8|must have the columns)'):
+    figures.read_published(tmp_path / 'x.csv')

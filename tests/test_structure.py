@@ -179,6 +179,26 @@ def test_the_rule_of_encodings_sees_every_form(code, wrong):
   assert opens_text_without_encoding(ast.parse(code, mode='eval').body) is wrong
 
 
+# Programs of their own, which read what this project wrote to them.
+SPEAK_JSON = (
+  'openmoe/checkpoint/safe_json.py',
+  'openmoe/inference/template.py',
+  'openmoe/inference/template_worker.py',
+  'tasks/evaluation/judge.py',
+  'tasks/evaluation/sandbox.py',
+  'tasks/evaluation/warden.py',
+)
+
+
+@pytest.mark.parametrize('path', sources('openmoe', 'convert', 'tasks'), ids=str)
+def test_json_is_read_in_one_room(path):
+  """Python's parser raises five things, fills memory, and gives any type."""
+  for call in ast.walk(ast.parse((ROOT / path).read_text('utf-8'))):
+    if isinstance(call, ast.Call) and ast.unparse(call.func) in ('json.load', 'json.loads'):
+      own = 'json.dumps(' in ast.unparse(call)  # there and back, for lists and plain keys
+      assert own or str(path) in SPEAK_JSON, f'{path}:{call.lineno}: use checkpoint.safe_json'
+
+
 def code_lines(path: pathlib.Path) -> int:
   """Lines of a file that are neither blank nor of its docstring."""
   text = (ROOT / path).read_text(encoding='utf-8')

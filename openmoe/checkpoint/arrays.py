@@ -7,6 +7,8 @@ beside; the manifest takes these over, so that no process reads back what others
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +19,11 @@ from etils import epath
 
 from openmoe.checkpoint import manifest
 from openmoe.types import PyTree
+
+
+def is_not_told_twice(record: logging.LogRecord) -> bool:
+  """False for tracebacks that orbax logs: what it raises then is told by whoever called it."""
+  return not (record.exc_info and f'{os.sep}orbax{os.sep}' in record.pathname)
 
 
 class ArraysHandler(ocp.StandardCheckpointHandler):

@@ -1,14 +1,15 @@
-"""JSON from files that anybody may have written: small, shallow, and of the type that is wanted.
+"""JSON that anybody may have written: the one room where it is read.
 
-`read` and `parse` refuse what would fill memory, recurse too deep, or fail somewhere later as a
-value of another type; `field` takes one value of a known type out of a mapping.
+`loads` has one error for all that can be wrong with a text. For files of facts, which are small and
+shallow, `read` and `parse` also refuse what would fill memory, recurse too deep, or fail somewhere
+later as a value of another type; `field` takes one value of a known type out of a mapping.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from openmoe.checkpoint.paths import Unreadable, read_small
@@ -18,6 +19,39 @@ DEPTH = 64  # of lists and mappings in one another
 CONTAINERS = 2 << 20  # lists and mappings: some 64 bytes each, however short their text
 _NAMES = {dict: 'an object', list: 'a list', str: 'a text', bool: 'true or false', int: 'a count'}
 _MISSING = object()
+
+
+class JsonError(ValueError):
+  """A text is no JSON, or such that reading it would not end well; the message says why.
+
+  Attributes:
+    position: ' at line 3 column 7', or '' where it is not known.
+  """
+
+  position = ''
+
+
+def loads(text: str, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+  """json.loads with one error for everything that can be wrong.
+
+  Args:
+    hook: makes an object of its pairs.
+
+  Raises:
+    JsonError: see there.
+  """
+  try:
+    return json.loads(text, object_pairs_hook=hook)
+  except json.JSONDecodeError as error:
+    found = JsonError(error.msg)
+    found.position = f' at line {error.lineno} column {error.colno}'
+    raise found from None
+  except RecursionError:
+    raise JsonError('nested too deeply') from None
+  except Unreadable:  # of the hook
+    raise
+  except ValueError:  # int() takes no number of more than 4300 digits
+    raise JsonError('a number that is too long') from None
 
 
 def read(path: os.PathLike | str, kind: type = dict, *, limit: int = LIMIT) -> Any:
@@ -56,13 +90,11 @@ def parse(content: bytes, where: str, kind: type = dict, *, once: bool = False) 
     return found
 
   try:
-    value = json.loads(content.decode('utf-8'), object_pairs_hook=unique if once else None)
-  except Unreadable:
-    raise
-  except RecursionError as error:
-    raise Unreadable(f'{where} is nested deeper than {DEPTH} levels.') from error
-  except ValueError as error:
+    value = loads(content.decode('utf-8'), unique if once else None)
+  except UnicodeDecodeError as error:
     raise Unreadable(f'{where} is no JSON: {error}.') from error
+  except JsonError as error:
+    raise Unreadable(f'{where} is no JSON: {error}{error.position}.') from error
   _check_depth_and_text(value, where)
   if not isinstance(value, kind):
     raise Unreadable(f'{where} holds {_name(type(value))}; {_name(kind)} belongs there.')

@@ -16,6 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from etils import epath
 
+from openmoe.checkpoint import safe_json
 from openmoe.config import ConfigError
 from openmoe.data import files
 
@@ -162,12 +163,12 @@ def json_text(line: bytes, field: str) -> bytes:
     BadRecordError: it has none.
   """
   try:
-    value = files.loads(line.decode('utf-8'))
+    value = safe_json.loads(line.decode('utf-8'))
     text = value[field]
     return text.encode('utf-8')
   except UnicodeError:
     raise BadRecordError('invalid UTF-8') from None
-  except files.JsonError as error:
+  except safe_json.JsonError as error:
     raise BadRecordError(f'invalid JSON ({error})') from None
   except KeyError:
     shown = ', '.join(repr(str(name)[:40]) for name in list(value)[:_FIELDS_SHOWN])

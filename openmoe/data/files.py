@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
-import json
 import os
 import zlib
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO
 
 import pyarrow
 
-from openmoe.checkpoint import paths
+from openmoe.checkpoint import paths, safe_json
 from openmoe.config import ConfigError
 
 MOST_BYTES = 1 << 31  # of a file that is read as a whole, decompressed
@@ -185,34 +184,6 @@ def lines(path: Path, longest: int = LONGEST_LINE) -> Iterator[tuple[int, bytes]
       yield number, line.removesuffix(b'\n').removesuffix(b'\r')
 
 
-class JsonError(ValueError):
-  """A text is no JSON, or such that reading it would not end well; the message says why.
-
-  Attributes:
-    position: ' at line 3 column 7', or '' where it is not known.
-  """
-
-  position = ''
-
-
-def loads(text: str) -> Any:
-  """json.loads with one error for everything that can be wrong.
-
-  Raises:
-    JsonError: see there.
-  """
-  try:
-    return json.loads(text)
-  except json.JSONDecodeError as error:
-    found = JsonError(error.msg)
-    found.position = f' at line {error.lineno} column {error.colno}'
-    raise found from None
-  except RecursionError:
-    raise JsonError('nested too deeply') from None
-  except ValueError:  # int() takes no number of more than 4300 digits
-    raise JsonError('a number that is too long') from None
-
-
 def parse_json(content: bytes | str, where: str) -> Any:
   """The value of a JSON text.
 
@@ -225,8 +196,8 @@ def parse_json(content: bytes | str, where: str) -> Any:
   """
   text = decode(content, where) if isinstance(content, bytes) else content
   try:
-    return loads(text)
-  except JsonError as error:
+    return safe_json.loads(text)
+  except safe_json.JsonError as error:
     raise DamagedFile(
       f'{where} is no JSON that can be read: {error}{error.position}. Copy or repair it.'
     ) from error

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
+from openmoe.checkpoint import safe_json
 from openmoe.config import ConfigError
-from openmoe.data import files
 from openmoe.data.features import Example, Row
 
 # The names that tf.train.Checkpoint gives its files. A position that somebody sent may hold others.
@@ -40,7 +40,7 @@ def read(state: bytes, name: str) -> tuple[dict[str, np.ndarray], dict]:
       raise ValueError(f'it unpacks to {size:,} bytes')
     with np.load(io.BytesIO(state), allow_pickle=False) as loaded:
       arrays = dict(loaded)
-    header = files.loads(str(arrays['header']))
+    header = safe_json.loads(str(arrays['header']))
   except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
     raise ConfigError(f'The saved data position of {name} is damaged ({e}).') from e
   wrong = [

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import seqio
 
+from openmoe.checkpoint import safe_json
 from openmoe.config import ConfigError, DataConfig
-from openmoe.data import cache, files, shard
+from openmoe.data import cache, shard
 from openmoe.data.stream import ShardedStream, padding_batch
 from openmoe.programme import Programme
 from openmoe.types import Batch
@@ -200,7 +201,7 @@ def _parts(name: str, entry: bytes) -> tuple[int, list[list], bytes]:
   """
   head, _, position = entry.partition(b'\n')
   try:
-    header = files.loads(head.decode('utf-8'))
+    header = safe_json.loads(head.decode('utf-8'))
     step, stages = header['step'], header['stages']
     whole = isinstance(step, int) and isinstance(stages, list) and bool(stages)
     for stage, tokens, each in stages:

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 from openmoe.checkpoint.paths import write_whole
 from openmoe.config import ConfigError
+from openmoe.evaluation import results
 from openmoe.observe.metrics import read_records
 from openmoe.observe.pictures import smooth
 
@@ -85,11 +86,15 @@ def read_published(path: str | os.PathLike) -> dict[str, list[Point]]:
   if not path.is_file():
     raise ConfigError(f'{path} is not there; docs/published_results.csv holds the known figures.')
   found: dict[str, list[Point]] = {}
-  with path.open(encoding='utf-8', newline='') as file:
-    reader = csv.DictReader(file)
-    if tuple(reader.fieldnames or ()) != _PUBLISHED:
+  with path.open(encoding='utf-8-sig', newline='') as file:
+    try:
+      reader = csv.DictReader(file)
+      columns, lines = tuple(reader.fieldnames or ()), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+      raise ConfigError(f'{path} is no CSV in UTF-8 ({error}); save it as such.') from error
+    if columns != _PUBLISHED:
       raise ConfigError(f'{path} must have the columns {", ".join(_PUBLISHED)}.')
-    for number, row in enumerate(reader, start=2):
+    for number, row in enumerate(lines, start=2):
       try:
         numbers = [float(row[name]) for name in (*_PUBLISHED[2:5], 'score')]
       except (TypeError, ValueError) as error:
@@ -229,33 +234,34 @@ def _outside(place: Sequence[float], axes: Axes) -> float:
 # --- bars per task
 
 
-def bars_figure(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[Figure, Rows]:
+def bars_figure(found: Mapping[str, Sequence[results.Row]]) -> tuple[Figure, Rows]:
   """Normalised score of every task, a bar per model, with 95 % intervals.
 
   Args:
-    results: rows of a summary.json by model; see openmoe.evaluation.results.Row.
+    found: rows of a summary.json by model.
   """
-  tasks = list(dict.fromkeys(row['group'] for rows in results.values() for row in rows))
-  figure = Figure(figsize=(9, 1.6 + 0.24 * len(tasks) * (len(results) + 0.6)), layout='constrained')
+  tasks = list(dict.fromkeys(row.group for rows in found.values() for row in rows))
+  figure = Figure(figsize=(9, 1.6 + 0.24 * len(tasks) * (len(found) + 0.6)), layout='constrained')
   axes = figure.subplots()
-  palette = colormaps['viridis'](np.linspace(0.1, 0.8, max(2, len(results))))
-  thick = 0.8 / len(results)
+  palette = colormaps['viridis'](np.linspace(0.1, 0.8, max(2, len(found))))
+  thick = 0.8 / len(found)
   table = []
-  for k, (model, rows) in enumerate(results.items()):
-    rows = [row for task in tasks for row in rows if row['group'] == task]
-    y = np.array([tasks.index(row['group']) for row in rows]) - 0.4 + thick * (k + 0.5)
-    score = np.array([row['normalised'] for row in rows])
-    low, high = (np.array([row['normalised95'][i] for row in rows]) for i in (0, 1))
+  for k, (model, rows) in enumerate(found.items()):
+    rows = [row for task in tasks for row in rows if row.group == task]
+    y = np.array([tasks.index(row.group) for row in rows]) - 0.4 + thick * (k + 0.5)
+    score = np.array([row.normalised for row in rows])
+    low, high = (np.array([row.normalised95[i] for row in rows]) for i in (0, 1))
     error = np.clip([score - low, high - score], 0, None)
     axes.barh(y, score, thick, color=palette[k], label=model, xerr=error, ecolor=_MUTED, capsize=2)
     table += [
       {
         'model': model,
         **{
-          name: row[name] for name in ('group', 'metric', 'score', 'normalised', 'items', 'shots')
+          name: getattr(row, name)
+          for name in ('group', 'metric', 'score', 'normalised', 'items', 'shots')
         },
-        'low95': row['normalised95'][0],
-        'high95': row['normalised95'][1],
+        'low95': row.normalised95[0],
+        'high95': row.normalised95[1],
       }
       for row in rows
     ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 
+from openmoe.checkpoint import fields, safe_json
+from openmoe.checkpoint.paths import Unreadable
 from openmoe.config import ConfigError
-from openmoe.evaluation import figures
+from openmoe.evaluation import figures, results
 
 LABELS = {
   'triviaqa': 'TriviaQA, 0-shot exact match (%)',
@@ -21,28 +22,33 @@ LABELS = {
 _OF_GROUP = {'bigbench_lite': 'average', 'leaderboard_average': 'average'}
 
 
-def read_summary(directory: str) -> dict:
-  """summary.json of an evaluation.
+def read_summary(directory: str) -> tuple[str, list[results.Row]]:
+  """(name of the model, rows) of the summary.json of an evaluation.
 
   Raises:
     ConfigError: there is none, or it is damaged.
   """
   path = pathlib.Path(directory) / 'summary.json'
+  remedy = 'run scripts.evaluate again'
   try:
-    return json.loads(path.read_text(encoding='utf-8'))
+    facts, where = safe_json.read(path), str(path)
+    model = safe_json.field(facts, 'model', dict, where)
+    name = safe_json.field(model, 'name', str, f'{where}: model')
+    rows = safe_json.field(facts, 'rows', list, where)
   except FileNotFoundError as error:
     raise ConfigError(f'{path} is not there; scripts.evaluate writes it at its end.') from error
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ConfigError(f'{path} is damaged ({error}); run scripts.evaluate again.') from error
+  except (OSError, Unreadable) as error:
+    raise ConfigError(f'{path} is damaged ({error}); {remedy}.') from error
+  return name, [fields.read(results.Row, row, f'{path}: rows', remedy) for row in rows]
 
 
 def evaluated_score(directory: str, benchmark: str) -> float:
   """A benchmark's score in an evaluation: normalised for the average, else 100 times the metric."""
-  rows = {row['group']: row for row in read_summary(directory)['rows']}
+  rows = {row.group: row for row in read_summary(directory)[1]}
   name = _OF_GROUP.get(benchmark, benchmark)
   if name not in rows:
     raise ConfigError(f'{directory} has no {name!r}, only {sorted(rows)}; evaluate it there.')
-  return rows[name]['normalised'] if name == 'average' else 100 * rows[name]['score']
+  return rows[name].normalised if name == 'average' else 100 * rows[name].score
 
 
 def parse_point(text: str, benchmark: str) -> figures.Point:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from openmoe.checkpoint import safe_json
 from openmoe.checkpoint.paths import read_small, write_whole
 from openmoe.config import ConfigError
 
@@ -95,12 +96,12 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
   path = epath.Path(path)
   try:
     text = read_small(path, _MOST_BYTES).decode('utf-8')
-    result = json.loads(text)
+    result = safe_json.loads(text)
     if '\\ud' in text.lower():  # an escape may be half a surrogate pair, which nothing can print
       json.dumps(result, ensure_ascii=False).encode()
   except FileNotFoundError as error:
     raise ConfigError(f'{path} does not exist; scripts.evaluate writes result files.') from error
-  except (ValueError, RecursionError) as error:
+  except ValueError as error:
     raise ConfigError(
       f'{path} is no whole JSON file ({error}); evaluate that task again.'
     ) from error
@@ -163,6 +164,10 @@ class Row:
   items: int
   shots: int
   dropped: float
+
+  def __post_init__(self):
+    if len(self.normalised95) != 2:
+      raise ConfigError(f'normalised95={self.normalised95} must be two numbers.')
 
 
 def summarise(results: Sequence[Mapping[str, Any]], resamples: int, seed: int) -> list[Row]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import errno
 import functools
-import logging
 import os
 import re
 import sys
@@ -40,7 +39,7 @@ def prepare(name: str) -> None:
   """Makes a program of a module before it imports what is slow.
 
   Ctrl-C ends it in silence, standard streams that are closed lead nowhere, input is UTF-8, and
-  output replaces what the terminal cannot show. An error is told once.
+  output replaces what the terminal cannot show.
 
   Args:
     name: the module's __name__; a module that is only imported changes nothing.
@@ -48,7 +47,6 @@ def prepare(name: str) -> None:
   if name != '__main__':
     return
   sys.excepthook = _excepthook
-  logging.getLogger('absl').addFilter(_is_not_told_twice)
   if sys.stdin is None:
     sys.stdin = open(os.devnull, encoding='utf-8')  # noqa: SIM115 (until the process ends)
   for stream in ('stdout', 'stderr'):
@@ -56,11 +54,6 @@ def prepare(name: str) -> None:
       setattr(sys, stream, open(os.devnull, 'w', encoding='utf-8'))  # noqa: SIM115 (as above)
   sys.stdin.reconfigure(encoding='utf-8')
   sys.stdout.reconfigure(errors='replace')
-
-
-def _is_not_told_twice(record: logging.LogRecord) -> bool:
-  """False for tracebacks that orbax logs: what it raises then is told by whoever called it."""
-  return not (record.exc_info and f'{os.sep}orbax{os.sep}' in record.pathname)
 
 
 def _excepthook(kind, error, traceback) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from openmoe.checkpoint import safe_json
 from openmoe.checkpoint.paths import Unreadable, is_remote, read_small, write_whole
 
 RECORDS = 'metrics.jsonl'
@@ -39,8 +40,8 @@ def encode(record: Mapping[str, Any]) -> str:
 def decode(line: bytes) -> dict[str, Any] | None:
   """A record, or None for a line that is not a whole one."""
   try:
-    record = json.loads(line.decode('utf-8'))
-  except (ValueError, RecursionError):
+    record = safe_json.loads(line.decode('utf-8'))
+  except ValueError:  # JsonError, and text that is not UTF-8
     return None
   if not isinstance(record, dict) or type(record.get('step')) is not int:
     return None

@@ -8,12 +8,11 @@ refused with the record, never guessed at: a wrong reading would be a wrong scor
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from openmoe.data.files import DamagedFile, without_surrogates
+from openmoe.data.files import DamagedFile, parse_json, without_surrogates
 from tasks.records import Record, whole_text
 
 LETTERS = 'ABCDEFGHIJ'
@@ -85,10 +84,11 @@ def structure(value: Any) -> Any:
   if not isinstance(value, str) or value.lstrip()[:1] not in ('[', '{'):
     return value
   try:
-    # Escapes in a cell may be halves of surrogate pairs, as they may in a .json file.
-    return whole_text(json.loads(value), 'a cell')
-  except (ValueError, RecursionError):
+    found = parse_json(value, 'a cell')
+  except DamagedFile:
     return _python_list(value)
+  # Escapes in a cell may be halves of surrogate pairs, as they may in a .json file.
+  return whole_text(found, 'a cell')
 
 
 def _python_list(value: str) -> list[str] | str:

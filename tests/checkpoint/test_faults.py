@@ -1,5 +1,6 @@
 """What a checkpoint must survive: damaged files, kills, full and read-only disks."""
 
+import logging
 import os
 import pathlib
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 
+import absl.logging
 import pytest
 
 from openmoe.checkpoint import manifest
@@ -265,3 +267,13 @@ def test_a_failure_that_is_followed_by_a_success_is_not_raised(open_dir, notes, 
   checkpointer.save(30, make_state(30), DATA, {})
   checkpointer.wait()
   assert checkpointer.latest_step() == 30
+
+
+def test_what_orbax_raises_is_told_once(open_dir, caplog):
+  open_dir()
+  told = absl.logging.get_absl_logger()
+  with caplog.at_level(logging.ERROR, told.name):
+    for where in ('/lib/orbax/checkpoint/manager.py', '/lib/other/manager.py'):
+      error = (OSError, OSError('disk full'), None)
+      told.handle(told.makeRecord('absl', logging.ERROR, where, 1, 'save failed', (), error))
+  assert [record.pathname for record in caplog.records] == ['/lib/other/manager.py']

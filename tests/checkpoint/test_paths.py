@@ -53,7 +53,7 @@ def test_a_write_that_fails_leaves_the_former_content_and_nothing_else(tmp_path,
   [
     (b'[]', 'holds a list; an object belongs there'),
     (b'null', 'holds null; an object'),
-    (b'{"a":' * 100_000, 'nested deeper'),
+    (b'{"a":' * 100_000, 'nested'),
     (b'{"a":' * 100 + b'1' + b'}' * 100, 'nested deeper than 64 levels'),
     (b'{"a": [' + b'[],' * (3 << 20) + b'[]]}', 'lists and objects'),
     (b'\xff{}', 'is no JSON'),
