@@ -2,6 +2,10 @@
 
   record --checkpoint=RUN --data='texts/*.jsonl' --out=FOLDER
       what every router decides about every token: experts, weights, slots, drops, probabilities
+  analyse FOLDER... --out=PAGES [--only=groups,flow]
+      pages, pictures and tables of a record, or of the checkpoints of a run
+  compare FOLDER FOLDER --out=PAGES
+      two records of the same tokens
   check FOLDER...
       the identities that hold of every record
 
@@ -18,6 +22,7 @@ from openmoe.observe import command
 
 command.prepare(__name__)
 
+import importlib
 import sys
 
 from openmoe.atlas import identities
@@ -38,11 +43,39 @@ def check(args) -> int:
   return int(bool(wrong))
 
 
+def analyse(args) -> int:
+  """Writes the pages of one record, or of a series."""
+  only = command.names(args.only) if args.only else None
+  show = lambda name: print(visible(name), file=sys.stderr)
+  options = {'experts': not args.no_experts, 'show': show}
+  pages_lib = importlib.import_module('openmoe.atlas.pages')
+  written = pages_lib.write_atlas(args.records, args.out, only, **options)
+  print(visible(f'{len(written)} pages; begin with {written[-1]}'))
+  return 0
+
+
+def compare(args) -> int:
+  """Writes the page about two records."""
+  pages_lib = importlib.import_module('openmoe.atlas.pages')
+  print(visible(pages_lib.write_comparison(args.records, args.out)[0]))
+  return 0
+
+
 @command.guarded
 def main(argv: list[str] | None = None) -> int:
   parser = command.Parser(__doc__)
   verbs = parser.add_subparsers(required=True, metavar='VERB')
   atlas_models.add_record(verbs.add_parser('record', help='of a checkpoint'))
+  sub = verbs.add_parser('analyse', help='pages of records')
+  sub.add_argument('records', nargs='+', metavar='FOLDER')
+  sub.add_argument('--out', required=True, help='folder of the pages')
+  sub.add_argument('--only', help='names of analyses, with commas')
+  sub.add_argument('--no_experts', action='store_true', help='no page for each expert')
+  sub.set_defaults(run=analyse)
+  sub = verbs.add_parser('compare', help='two records')
+  sub.add_argument('records', nargs=2, metavar='FOLDER')
+  sub.add_argument('--out', required=True, help='folder of the page')
+  sub.set_defaults(run=compare)
   sub = verbs.add_parser('check', help='identities of records')
   sub.add_argument('records', nargs='+', metavar='FOLDER')
   sub.set_defaults(run=check)

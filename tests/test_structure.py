@@ -36,7 +36,7 @@ ROOMS = {
   'observe': {'config', 'checkpoint'},
   'inference': _STATE | {'checkpoint', 'observe', 'programme', 'plan'},
   'evaluation': {'types', 'config', 'checkpoint', 'observe', 'inference'},
-  'atlas': _MODEL | {'checkpoint', 'observe', 'inference'},
+  'atlas': _MODEL | {'checkpoint', 'observe', 'inference', 'evaluation'},
   'running': _STATE | {'programme', 'data', 'feed', 'checkpoint', 'observe'},
   'train': _STATE | {'programme', 'data', 'feed', 'plan', 'checkpoint', 'observe'} | {'running'},
 }

@@ -74,14 +74,14 @@ class Study:
     return Key('all', ('all',), lambda part: np.where(real(part), 0, OUT))
 
   def labels(self) -> dict[str, Key]:
-    """Label -> key, for labels that more than one document group has."""
+    """Label -> key, for labels with more than one value."""
     if self._label_keys is None:
       told = [one['labels'] for one in self.record.describe()]
       self._label_keys = {}
       for label in LABELS:
         values = [one.get(label, '') for one in told]
         names = sorted({value for value in values if value})
-        if len(names) > 1 or (names and label == 'source'):
+        if len(names) > 1:
           index = {name: i for i, name in enumerate(names)}
           of_document = np.array([index.get(value, OUT) for value in values])
           self._label_keys[label] = Key(label, tuple(names), self._by_document(of_document))

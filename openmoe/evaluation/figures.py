@@ -117,13 +117,18 @@ def write(figure: Figure, rows: Rows, path: str | os.PathLike) -> list[str]:
     figure.savefig(buffer, format=kind, dpi=150, facecolor='white', metadata=metadata)
     names.append(f'{base}.{kind}')
     write_whole(epath.Path(names[-1]), buffer.getvalue())
+  return [*names, write_csv(rows, path)]
+
+
+def write_csv(rows: Rows, path: str | os.PathLike) -> str:
+  """Writes path.csv; returns its name."""
   text = io.StringIO()
-  writer = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
+  writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator='\n')
   writer.writeheader()
   writer.writerows(rows)
-  names.append(f'{base}.csv')
-  write_whole(epath.Path(names[-1]), text.getvalue().encode())
-  return names
+  name = f'{epath.Path(path)}.csv'
+  write_whole(epath.Path(name), text.getvalue().encode())
+  return name
 
 
 def _style(axes: Axes, title: str) -> None:
