@@ -35,6 +35,7 @@ ROOMS = {
   'checkpoint': {'types', 'config'},
   'observe': {'config', 'checkpoint'},
   'inference': _STATE | {'checkpoint', 'observe', 'programme', 'plan'},
+  'serving': _MODEL | {'inference', 'checkpoint'},
   'evaluation': {'types', 'config', 'checkpoint', 'observe', 'inference'},
   'atlas': _MODEL | {'checkpoint', 'observe', 'inference', 'evaluation'},
   'running': _STATE | {'programme', 'data', 'feed', 'checkpoint', 'observe'},

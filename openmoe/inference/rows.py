@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,13 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from openmoe.config import ConfigError
+from openmoe.inference.continuation import Continuation
 from openmoe.inference.decode import Sampling, State, bucket, extend, start
 
 CHECK_EVERY = 16  # new tokens between two looks at the text for stop strings
 SHOW_EVERY = 2  # and between two pieces of text that are shown as they come
-# Last tokens of a prompt that its continuation is decoded with; one would do for its spaces, and
-# the character that a prompt ends with may have some bytes.
-CONTEXT_TOKENS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +52,12 @@ class Rows:
     self._model, self._prompts = model, len(prompts)
     self._tokens, self._lengths = model._padded([[model.start_id, *p] for p in prompts])
     self._samples = seeds_PS.shape[1]
-    self._tails = [p[-CONTEXT_TOKENS:] for p in prompts]
+    self._texts: list[Continuation] = []
+    self._own_prompts = prompts
     self._limits = np.zeros(0, np.int64)  # most new tokens of each row
     padded = np.zeros((len(self._tokens), self._samples), np.uint32)
     padded[: len(prompts)] = seeds_PS
     self._seeds = padded.reshape(-1)
-    self._known = [0] * self._seeds.size  # tokens of a row that hold no stop string
     self._ends: dict[int, tuple[str, int]] = {}  # row -> (text, tokens) where it was stopped
 
   def run(self, max_new: int, stop, sampling: Sampling, show) -> list[list[Generation]]:
@@ -69,6 +66,11 @@ class Rows:
     # Every row has the room that its own prompt leaves, whoever is beside it.
     room_p = model.max_length - self._lengths[: self._prompts]
     self._limits = np.repeat(np.minimum(max_new, room_p), self._samples)
+    vocabulary = model.vocabulary
+    self._texts = [
+      Continuation(vocabulary, self._own_prompts[i // self._samples], stop)
+      for i in range(len(self._limits))
+    ]
     most = int(self._limits.max())
     width = bucket(most, least=8)
     every = SHOW_EVERY if show else CHECK_EVERY if stop else max_new
@@ -98,9 +100,9 @@ class Rows:
         done = np.asarray(state.done_b).copy()
         done[: len(self._limits)] |= int(state.step) >= self._limits
         if stop:
-          self._look_for(stop, state, done)
+          self._look_for_ends(state, done)
         if show:
-          shown = self._show(state, done, stop, shown, show)
+          shown = self._show(state, done, shown, show)
         if done.all() or int(state.step) >= most:
           break
         limit = min(limit + every, most)
@@ -119,49 +121,23 @@ class Rows:
     end = next((i for i, token in enumerate(ids) if token in self._model.eos_ids), None)
     return (ids, False) if end is None else (ids[:end], True)
 
-  def _text(self, row: int, ids: Sequence[int]) -> str:
-    """What a row's text has behind its prompt.
-
-    Tokens alone do not say it: SentencePiece drops the space of the first piece that it decodes,
-    so the last tokens of the prompt are decoded with them.
-    """
-    decode = self._model.vocabulary.decode
-    before = list(self._tails[row // self._samples])
-    if not before:
-      return decode(ids)
-    prompt, whole = decode(before).rstrip('\ufffd'), decode([*before, *ids])
-    return whole[len(prompt) :] if whole.startswith(prompt) else decode(ids)
-
-  def _look_for(self, stop: tuple[str, ...], state: State, done: np.ndarray) -> None:
+  def _look_for_ends(self, state: State, done: np.ndarray) -> None:
     """Ends rows whose text holds a stop string, at the token that completed it."""
     tokens = np.asarray(state.tokens_bW)
-    for row in range(self._prompts * self._samples):
-      if row in self._ends:
-        continue
-      ids, _ = self._own(row, tokens[row], int(state.step))
-      if any(s in self._text(row, ids) for s in stop):
-        for count in range(self._known[row] + 1, len(ids) + 1):
-          text = self._text(row, ids[:count])
-          places = [text.find(s) for s in stop if s in text]
-          if places:
-            self._ends[row] = (text[: min(places)], count)
-            done[row] = True
-            break
-      self._known[row] = len(ids)
+    for row, text in enumerate(self._texts):
+      if row not in self._ends:
+        ids, _ = self._own(row, tokens[row], int(state.step))
+        if (end := text.end(ids)) is not None:
+          self._ends[row] = end
+          done[row] = True
 
-  def _show(self, state: State, done, stop, shown: str, show) -> str:
+  def _show(self, state: State, done, shown: str, show) -> str:
     """Passes on what is certain of the text, returns all that was passed on."""
     ids, _ = self._own(0, np.asarray(state.tokens_bW)[0], int(state.step))
-    if not done[0]:
-      # A run of byte tokens may still change as a whole, and letters of a stop string may be on
-      # their way.
-      is_byte = getattr(self._model.vocabulary, 'is_byte', lambda token: False)
-      while ids and is_byte(ids[-1]):
-        ids.pop()
-    text = self._ends[0][0] if 0 in self._ends else self._text(0, ids)
-    if not done[0]:
-      held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-      text = text[: len(text) - held].rstrip('\ufffd')
+    if done[0]:
+      text = self._ends[0][0] if 0 in self._ends else self._texts[0].text(ids)
+    else:
+      text = self._texts[0].certain(ids)
       if not text.startswith(shown):
         return shown  # a later token will settle it
     same = next((i for i, (a, b) in enumerate(zip(text, shown, strict=False)) if a != b), None)
@@ -177,7 +153,7 @@ class Rows:
       text, count = self._ends[row]
       ids, finish = ids[:count], 'stop'
     else:
-      text = self._text(row, ids)
+      text = self._texts[row].text(ids)
     if not np.isfinite(log_probs_W[: len(ids)]).all():
       raise ConfigError(
         f'{self._model.name} gives logits that are not finite: its weights are not those of a '

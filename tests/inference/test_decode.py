@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from openmoe.config import ConfigError
+from openmoe.inference.continuation import Continuation
 from openmoe.inference.decode import Sampling, sample
 from openmoe.inference.model import CapacityWarning, LanguageModel, bucket, row_keys
 from openmoe.inference.rows import Rows
@@ -121,11 +122,8 @@ class Spaced(case.Numbers):
 
 
 def test_a_text_is_what_follows_the_prompt_in_the_decoded_whole():
-  model = case.model('openmoe')
-  rows = Rows([[5, 6], []], np.zeros((2, 1), np.uint32), model)
-  rows._model = types.SimpleNamespace(vocabulary=Spaced())
-  assert rows._text(0, [9, 9, 7]) == '  C'
-  assert rows._text(1, [9, 7]) == 'C'
+  assert Continuation(Spaced(), [5, 6]).text([9, 9, 7]) == '  C'
+  assert Continuation(Spaced(), []).text([9, 7]) == 'C'
 
 
 class Bytes:
@@ -144,12 +142,12 @@ class Bytes:
 def test_everything_is_shown_in_the_end_though_bytes_change_what_stood_there(every):
   ids = [5, 10 + 0x41, 10 + 0xC3, 10 + 0xA9, 10 + 0xE6, 10 + 0x42]
   rows = Rows.__new__(Rows)
-  rows._model = types.SimpleNamespace(vocabulary=Bytes(), eos_ids=(1,))
-  rows._ends, rows._tails, rows._samples, rows._limits = {}, [[]], 1, np.array([99])
+  rows._model = types.SimpleNamespace(eos_ids=(1,))
+  rows._ends, rows._texts, rows._limits = {}, [Continuation(Bytes(), [])], np.array([99])
   shown, out = '', []
   for step in [*range(every, len(ids), every), len(ids)]:
     state = types.SimpleNamespace(tokens_bW=np.array([ids]), step=step)
-    shown = rows._show(state, np.array([step == len(ids)]), (), shown, out.append)
+    shown = rows._show(state, np.array([step == len(ids)]), shown, out.append)
   assert ''.join(out) == Bytes().decode(ids) == 'AAé\ufffdB'
 
 
