@@ -29,6 +29,7 @@ from openmoe.config import ConfigError, ModelConfig
 from openmoe.evaluation import display, results
 from openmoe.evaluation import run as evaluate_lib
 from openmoe.observe.text import visible
+from openmoe.running.facts import code_facts, flat
 from scripts import data_flags, gin_flags, processes
 from tasks.evaluation import catalogue
 
@@ -88,12 +89,14 @@ def run(config: evaluate_lib.EvaluationConfig, options: catalogue.TaskOptions) -
 
 @command.guarded
 def main() -> None:
-  processes.join()
   gin_flags.parse()
   data_flags.use()
   config = evaluate_lib.EvaluationConfig(**gin_flags.bindings('evaluate.EvaluationConfig'))
-  run(config, catalogue.TaskOptions(**gin_flags.bindings('catalogue.TaskOptions')))
+  options = catalogue.TaskOptions(**gin_flags.bindings('catalogue.TaskOptions'))
+  facts = lambda: flat('evaluation', config) | flat('tasks', options) | code_facts()
+  with processes.joined(facts, config.out_dir):
+    run(config, options)
 
 
 if __name__ == '__main__':
-  gin_flags.run(main)
+  processes.run(main)

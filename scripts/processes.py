@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 from absl import flags
 
 from openmoe.config import ConfigError
+from openmoe.running import rollcall
+from openmoe.running.cluster import find_place
+from openmoe.running.peers import Peers
+from scripts import gin_flags
 
 _MULTI = flags.DEFINE_bool('multiprocess', False, 'One of several processes of a run.')
 _MULTI_GPU = flags.DEFINE_bool('multiprocess_gpu', False, 'The same, as t5x calls it.')
 _ADDRESS = flags.DEFINE_string(
-  'coordinator_address', None, 'host:port of process 0; found by itself on TPU VMs and SLURM.'
+  'coordinator_address',
+  None,
+  'HOST:PORT of process 0; found by itself on TPUs, SLURM, JobSet.',
 )
 _COUNT = flags.DEFINE_integer('process_count', None, 'Number of processes.')
 _INDEX = flags.DEFINE_integer('process_index', None, 'Number of this process.')
-_TIMEOUT = flags.DEFINE_integer('initialization_timeout', 300, 'Seconds to wait for the others.')
+_TIMEOUT = flags.DEFINE_integer('initialization_timeout', 300, 'Seconds to wait for the others.', 1)
+_SILENCE = flags.DEFINE_integer(
+  'liveness_timeout', 60, 'Seconds without a sign of life after which a process is given up.', 2
+)
 
 # In one process, and between processes.
 _COLLECTIVE_TIMEOUTS = (
@@ -42,22 +54,65 @@ def wait_for_slow_cpus() -> None:
   os.environ['XLA_FLAGS'] = given.strip()
 
 
-def join() -> None:
-  """Meets the other processes if there are any; before the first use of a device.
+@contextlib.contextmanager
+def joined(facts: Callable[[], Mapping[str, str]], directory: str) -> Iterator[None]:
+  """Meets the other processes if there are any, and watches over them inside.
+
+  Before the first use of a device.
+
+  Args:
+    facts: gives what must be the same in all.
+    directory: that all must see.
 
   Raises:
-    ConfigError: something is said of other processes, and not that there are any.
+    ConfigError: the processes differ; or something is said of others, and not that there are any.
+    PeerLost: somebody did not come.
   """
   wait_for_slow_cpus()
-  if _MULTI.value or _MULTI_GPU.value:
-    # Its handler would swallow SIGTERM until ours is there, and tell nobody.
-    jax.config.update('jax_enable_preemption_service', False)
-    place = (_ADDRESS.value, _COUNT.value, _INDEX.value)
-    jax.distributed.initialize(*place, initialization_timeout=_TIMEOUT.value)
+  if not (_MULTI.value or _MULTI_GPU.value):
+    for flag in (_ADDRESS, _COUNT, _INDEX):
+      if flag.value is not None:
+        raise ConfigError(
+          f'--{flag.name}={flag.value} needs --multiprocess; without it this process would train '
+          'alone.'
+        )
+    yield
     return
-  for flag in (_ADDRESS, _COUNT, _INDEX):
-    if flag.value is not None:
-      raise ConfigError(
-        f'--{flag.name}={flag.value} needs --multiprocess; without it this process would train '
-        'alone.'
-      )
+  place = find_place(_ADDRESS.value, _COUNT.value, _INDEX.value, timeout=_TIMEOUT.value)
+  others = rollcall.meet(place, facts(), directory, _TIMEOUT.value)
+  # Its handler would swallow SIGTERM until ours is there, and tell nobody.
+  jax.config.update('jax_enable_preemption_service', False)
+  with Peers(others, place.index, place.count, _SILENCE.value):
+    jax.distributed.initialize(
+      place.address,
+      place.count,
+      place.index,
+      initialization_timeout=_TIMEOUT.value,
+      heartbeat_timeout_seconds=max(100, 3 * _SILENCE.value),
+    )
+    try:
+      yield
+    except BaseException as error:
+      _failed.append(error)
+      raise
+
+
+_failed: list[BaseException] = []
+
+
+def run(main: Callable[[], int | None], abandoned: Callable[[], object] = lambda: False) -> None:
+  """gin_flags.run() for a script that joins others.
+
+  Args:
+    abandoned: whether a thread is left that would keep this process for ever.
+  """
+  try:
+    gin_flags.run(main)
+  except SystemExit as end:
+    # JAX would wait at the end for the others, who need not have met the error that ends this one.
+    if _failed or abandoned():
+      for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+          stream.flush()
+      os._exit(end.code if isinstance(end.code, int) else 1)
+    raise

@@ -10,6 +10,7 @@ The same command continues a run that was stopped, or says that it is complete. 
   65  the loss is not finite (EX_DATAERR)
   66  the training data ended before TRAIN_STEPS; what was trained is saved (EX_NOINPUT)
   64  something cannot be run as configured; nothing was compiled (EX_USAGE)
+  69  another process of the run is absent or gone; start all again to continue (EX_UNAVAILABLE)
   130 a second Ctrl-C ended it at once
 """
 
@@ -19,7 +20,6 @@ from openmoe.observe import command
 
 command.prepare(__name__)
 
-import os
 import sys
 
 from scripts import quiet
@@ -33,7 +33,9 @@ from absl import flags
 from openmoe import train as train_lib
 from openmoe.data import stream
 from openmoe.observe.display import Sheltered
-from scripts import data_flags, gin_flags, processes
+from openmoe.running.facts import facts_of
+from scripts import processes
+from scripts.configuration import configure
 
 EXIT_DATA_ENDED, EXIT_STOPPED = 66, 75
 
@@ -43,17 +45,8 @@ _DEVICES = flags.DEFINE_integer(
 )
 
 
-def configure() -> dict:
-  """Arguments of openmoe.train.train from the gin flags, all validated."""
-  gin_flags.parse()
-  data_flags.use()
-  return gin_flags.bindings('train.train')
-
-
 @command.guarded
 def main() -> int:
-  if not _DRY_RUN.value:
-    processes.join()
   arguments = configure()
   if _DRY_RUN.value:
     from scripts import dry_run
@@ -61,7 +54,8 @@ def main() -> int:
     dry_run.show(arguments, _DEVICES.value)
     return 0
   try:
-    return _train(arguments)
+    with processes.joined(lambda: facts_of(arguments), arguments['run'].model_dir):
+      return _train(arguments)
   except KeyboardInterrupt:
     print('\nInterrupted a second time: steps since the last checkpoint are lost.', file=sys.stderr)
     return command.INTERRUPTED
@@ -84,12 +78,7 @@ def run() -> None:
   """Entry point."""
   # Whoever reads what is shown may go away; training does not end for it.
   sys.stdout, sys.stderr = Sheltered(sys.stdout), Sheltered(sys.stderr)
-  try:
-    gin_flags.run(main)
-  except SystemExit as end:
-    if stream.abandoned:  # the thread of a stuck read would keep the process for ever
-      os._exit(end.code if isinstance(end.code, int) else 1)
-    raise
+  processes.run(main, abandoned=lambda: stream.abandoned)
 
 
 if __name__ == '__main__':

@@ -40,6 +40,7 @@ ROOMS = {
   'atlas': _MODEL | {'checkpoint', 'observe', 'inference', 'evaluation'},
   'running': _STATE | {'programme', 'data', 'feed', 'checkpoint', 'observe'},
   'train': _STATE | {'programme', 'data', 'feed', 'plan', 'checkpoint', 'observe'} | {'running'},
+  'drill': _STATE | {'programme', 'checkpoint', 'observe'},
 }
 # The other packages: what each may import of ours.
 PACKAGES = {
