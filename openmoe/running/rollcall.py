@@ -18,7 +18,8 @@ import time
 import uuid
 from collections.abc import Mapping
 
-from openmoe.checkpoint.paths import absolute
+from openmoe.checkpoint import safe_json
+from openmoe.checkpoint.paths import Unreadable, absolute
 from openmoe.config import ConfigError
 from openmoe.running.cluster import Place
 
@@ -61,10 +62,9 @@ class Line:
     if len(self._received) > _LONGEST:
       return None
     try:
-      messages = [json.loads(line) for line in lines]
-    except ValueError:
+      return [safe_json.parse(line, 'what another process says') for line in lines]
+    except Unreadable:
       return None
-    return messages if all(isinstance(m, dict) for m in messages) else None
 
   def one(self, deadline: float) -> dict | None:
     """The next message before a deadline; None when there is none."""
