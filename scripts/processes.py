@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 
-import jax
 from absl import flags
 
 from openmoe.config import ConfigError
-from openmoe.running import rollcall
 from openmoe.running.cluster import find_place
-from openmoe.running.peers import Peers
+from openmoe.running.together import together, wait_for_slow_cpus
 from scripts import gin_flags
 
 _MULTI = flags.DEFINE_bool('multiprocess', False, 'One of several processes of a run.')
@@ -29,29 +28,6 @@ _TIMEOUT = flags.DEFINE_integer('initialization_timeout', 300, 'Seconds to wait 
 _SILENCE = flags.DEFINE_integer(
   'liveness_timeout', 60, 'Seconds without a sign of life after which a process is given up.', 2
 )
-
-# In one process, and between processes.
-_COLLECTIVE_TIMEOUTS = (
-  'xla_cpu_collective_call_terminate_timeout_seconds',
-  'xla_cpu_collective_timeout_seconds',
-)
-_SLOWEST = 600  # seconds
-
-
-def wait_for_slow_cpus() -> None:
-  """Lets simulated devices wait for one another longer than XLA does, which aborts after 40 s.
-
-  Several devices share a core there, and a busy machine runs them one after the other. Before the
-  first use of a device; what XLA_FLAGS says already stays.
-  """
-  given = os.environ.get('XLA_FLAGS', '')
-  simulated = 'xla_force_host_platform_device_count' in given
-  if not simulated and os.environ.get('JAX_PLATFORMS') != 'cpu':
-    return
-  for flag in _COLLECTIVE_TIMEOUTS:
-    if flag not in given:
-      given = f'{given} --{flag}={_SLOWEST}'
-  os.environ['XLA_FLAGS'] = given.strip()
 
 
 @contextlib.contextmanager
@@ -79,17 +55,7 @@ def joined(facts: Callable[[], Mapping[str, str]], directory: str) -> Iterator[N
     yield
     return
   place = find_place(_ADDRESS.value, _COUNT.value, _INDEX.value, timeout=_TIMEOUT.value)
-  others = rollcall.meet(place, facts(), directory, _TIMEOUT.value)
-  # Its handler would swallow SIGTERM until ours is there, and tell nobody.
-  jax.config.update('jax_enable_preemption_service', False)
-  with Peers(others, place.index, place.count, _SILENCE.value):
-    jax.distributed.initialize(
-      place.address,
-      place.count,
-      place.index,
-      initialization_timeout=_TIMEOUT.value,
-      heartbeat_timeout_seconds=max(100, 3 * _SILENCE.value),
-    )
+  with together(place, facts(), directory, _TIMEOUT.value, _SILENCE.value):
     try:
       yield
     except BaseException as error:
@@ -108,11 +74,13 @@ def run(main: Callable[[], int | None], abandoned: Callable[[], object] = lambda
   """
   try:
     gin_flags.run(main)
-  except SystemExit as end:
+  except BaseException as end:
+    if not _failed and not (isinstance(end, SystemExit) and abandoned()):
+      raise
     # JAX would wait at the end for the others, who need not have met the error that ends this one.
-    if _failed or abandoned():
-      for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-          stream.flush()
-      os._exit(end.code if isinstance(end.code, int) else 1)
-    raise
+    if not isinstance(end, SystemExit):
+      traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError):
+        stream.flush()
+    os._exit(getattr(end, 'code', 1) if isinstance(getattr(end, 'code', 1), int) else 1)
