@@ -150,8 +150,9 @@ def test_bindings_may_name_what_a_gin_file_imports(tmp_path):
 @pytest.mark.parametrize('flag', ['coordinator_address=a:1', 'process_count=2', 'process_index=0'])
 def test_flags_of_processes_need_multiprocess(flag):
   flags.FLAGS(['train', f'--{flag}'])
-  with pytest.raises(ConfigError, match='needs --multiprocess'):
-    processes.join()
+  alone = processes.joined(dict, 'runs/x')
+  with pytest.raises(ConfigError, match='needs --multiprocess'), alone:
+    pass
 
 
 def test_t5xs_flags_are_taken(tmp_path):

@@ -10,6 +10,7 @@ from absl import flags
 
 from openmoe import partitioning
 from openmoe.config import ConfigError, MeshConfig
+from openmoe.running import rollcall
 from scripts import gin_flags, processes
 from scripts.gin_flags import files, hints
 from tests.test_gin_flags import FILES, NAMED, _fresh, configure, refused
@@ -147,12 +148,14 @@ def test_processes_join_by_either_name(flag, monkeypatch):
     asked.update(place=place, **more)
 
   monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+  monkeypatch.setattr(rollcall, 'meet', lambda *_: [])
   monkeypatch.setattr(jax.config, 'update', lambda *_: None)
   monkeypatch.setenv('XLA_FLAGS', '')
   given = ['--coordinator_address=a:1', '--process_count=2', '--process_index=1']
   flags.FLAGS(['train', f'--{flag}', *given, '--initialization_timeout=30'])
-  processes.join()
-  assert asked == {'place': ('a:1', 2, 1), 'initialization_timeout': 30}
+  with processes.joined(dict, 'runs/x'):
+    assert asked['place'] == ('a:1', 2, 1)
+    assert asked['initialization_timeout'] == 30
 
 
 @pytest.mark.parametrize(
