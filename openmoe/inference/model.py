@@ -209,7 +209,7 @@ class LanguageModel:
     if show is not None and len(prompts) * samples > 1:
       raise ConfigError(f'{len(prompts)} prompts with {samples} samples cannot be shown at once.')
     for i, prompt in enumerate(prompts):
-      self._check_ids(f'Prompt {i}', prompt)
+      self.check_ids(f'Prompt {i}', prompt)
       self._check_length(f'Prompt {i}', len(prompt) + 2, 'shorten it')
     all_seeds = row_keys(prompts, samples, seed)
     results: list[list[Generation]] = [[] for _ in prompts]
@@ -247,7 +247,7 @@ class LanguageModel:
       ConfigError: a request is longer than max_length.
     """
     for i, (context, continuation) in enumerate(requests):
-      self._check_ids(f'Request {i}', [*context, *continuation])
+      self.check_ids(f'Request {i}', [*context, *continuation])
       length = len(context) + 1 + len(continuation)
       self._check_length(f'Request {i}', length, 'cut its context from the left')
     results: list[Score | None] = [
@@ -314,7 +314,8 @@ class LanguageModel:
       shards = self.mesh.shape[partitioning.DATA] * self.mesh.shape[partitioning.EXPERT]
     return max(1 << (rows - 1).bit_length(), 1) if shards == 1 else -(-rows // shards) * shards
 
-  def _check_ids(self, what: str, ids: Sequence[int]) -> None:
+  def check_ids(self, what: str, ids: Sequence[int]) -> None:
+    """Raises ConfigError where a token is not in the model's vocabulary."""
     wrong = [i for i in ids if not 0 <= i < self.config.vocab_size]
     if wrong:
       raise ConfigError(

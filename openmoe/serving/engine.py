@@ -99,7 +99,7 @@ class Engine:
 
   def start(self) -> None:
     """Reserves the cache and begins."""
-    with self.model._on_mesh():
+    with self.model.on_mesh():
       make = lambda: slots.init_slots(self.model.config, self.slots, self.model.max_length)
       self._cache = jax.jit(make)()
     self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
@@ -167,7 +167,7 @@ class Engine:
   def check(self, ask: Ask) -> None:
     """Raises ConfigError where a sequence cannot be continued."""
     model = self.model
-    model._check_ids('The prompt', ask.prompt)
+    model.check_ids('The prompt', ask.prompt)
     most = model.max_length - 1 - (1 if ask.max_new_tokens else 0)
     if len(ask.prompt) > most:
       raise ConfigError(
@@ -186,7 +186,7 @@ class Engine:
 
   def _run(self) -> None:
     try:
-      with self.model._on_mesh():
+      with self.model.on_mesh():
         while self._turn():
           pass
     # Whatever the device raises: nobody may wait for ever for an answer.
