@@ -178,8 +178,8 @@ def _is_done(path: epath.Path, head: Mapping[str, Any]) -> bool:
   """
   if not path.exists():
     return False
-  with path.open('r', encoding='utf-8') as file:
-    found = json.loads(file.readline())
+  with path.open('rb') as file:
+    found = safe_json.parse(file.readline(), str(path))
   if found != head:
     raise ConfigError(
       f'{path} holds results of other examples: the input has changed since. Choose another '
