@@ -35,6 +35,11 @@ def full_lm(
   Returns:
     {'targets'}; fixed mode adds 'objective' (0) and 'document_ids' as ul2_objective does.
   """
+  if 'targets' not in (sequence_length or ()):
+    told = None if sequence_length is None else dict(sequence_length)
+    raise ConfigError(
+      f"task_feature_lengths={told}: next-token prediction needs {{'targets': tokens of a row}}."
+    )
   if 'inputs' in sequence_length:
     raise ConfigError(
       f'task_feature_lengths={dict(sequence_length)}: next-token prediction has no inputs, and '

@@ -80,6 +80,7 @@ class TextFiles(seqio.DataSource):
     self._shuffle_buffer = shuffle_buffer
     self.skipped: collections.Counter[tuple[str, str]] = collections.Counter()
     self._whole: set[bytes] = set()  # files that were looked through in this process
+    self._counts: dict[str, int] = {}
     self._checked: set[tuple[str, int]] = set()  # (split, shards) that have documents each
 
   @property
@@ -191,12 +192,23 @@ class TextFiles(seqio.DataSource):
       raise ConfigError(self._too_few(split, shards, sum(counts.values())))
     self._checked.add((split, shards))
 
-  def _dealt(self, names: Sequence[str], split: str, shards: int):
+  def num_input_examples(self, split: str) -> int:
+    """Documents of a split, for rates by size: reads all of its files, once in a process.
+
+    Raises:
+      ConfigError: no file matches, or one is damaged.
+    """
+    if split not in self._counts:
+      dealt = self._dealt(self.list_shards(split), split, 1, to_the_end=True)
+      self._counts[split] = sum(1 for _ in dealt)
+    return self._counts[split]
+
+  def _dealt(self, names: Sequence[str], split: str, shards: int, to_the_end: bool = False):
     """(file and record, shard, text) of the documents of a split, until every shard has one."""
     waiting, held_out = set(range(shards)), split == 'validation'
     for number, name in enumerate(names):
       for record, raw in enumerate(documents.raw_records(name, self._piece_bytes, self._field)):
-        if not waiting:
+        if not waiting and not to_the_end:
           return
         owner = [s for s in range(shards) if self._is_mine(number, record, held_out, shards, s)]
         if owner:

@@ -62,6 +62,24 @@ class TfdsDocuments(seqio.TfdsDataSource):
     where = directory or 'the default TFDS directory'
     return f'There is no TFDS data set {name} in {where}; set --tfds_data_dir. {self._remedy}'
 
+  def num_input_examples(self, split: str) -> int:
+    """Documents of a split, for rates by size.
+
+    Raises:
+      ConfigError: the data set or the split is not there.
+    """
+    builder = self.builder()
+    return self._count(builder, self._wanted(builder, split))
+
+  def _wanted(self, builder: tfds.core.DatasetBuilder, split: str) -> str:
+    """The TFDS split that a seqio split is."""
+    wanted = self._split_map.get(split, split)
+    if wanted.split('[')[0] not in builder.info.splits:
+      raise ConfigError(
+        f'{self.tfds_dataset.name} has no split {wanted!r}, only {sorted(builder.info.splits)}.'
+      )
+    return wanted
+
   def describe(self, split: str, document_id: int) -> str:
     """'data_set file i record j', as numbered in the split's files."""
     del split
@@ -86,11 +104,7 @@ class TfdsDocuments(seqio.TfdsDataSource):
     """
     del sequence_length, use_cached, num_epochs
     builder = self.builder()
-    wanted = self._split_map[split]
-    if wanted.split('[')[0] not in builder.info.splits:
-      raise ConfigError(
-        f'{self.tfds_dataset.name} has no split {wanted!r}, only {sorted(builder.info.splits)}.'
-      )
+    wanted = self._wanted(builder, split)
     count = self._count(builder, wanted)
     if shard_info and shard_info.num_shards > 1:
       if count < shard_info.num_shards:

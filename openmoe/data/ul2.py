@@ -117,10 +117,6 @@ def fixed_lengths(
 
 
 def _check(sequence_length, output_features, denoisers, lengths) -> None:
-  if not {'inputs', 'targets'} <= set(sequence_length):
-    raise ConfigError(
-      f'UL2 needs inputs and targets in task_feature_lengths, not {dict(sequence_length)}.'
-    )
   available = output_features['targets'].vocabulary.extra_ids
   for denoiser, length in zip(denoisers, lengths, strict=True):
     if length.spans > available:
@@ -162,6 +158,11 @@ def ul2_objective(
   Raises:
     ConfigError: lengths that do not fit, or more spans than sentinels.
   """
+  if not {'inputs', 'targets'} <= set(sequence_length or ()):
+    told = None if sequence_length is None else dict(sequence_length)
+    raise ConfigError(
+      f"task_feature_lengths={told}: UL2 needs both, as {{'inputs': 1024, 'targets': 1024}}."
+    )
   mode = parse_enum(Mode, mode, 'ul2_objective.mode')
   build = _fixed if mode is Mode.FIXED else _reference
   return build(dataset, sequence_length, output_features, tuple(denoisers), mode_prefixes)

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from openmoe.evaluation.items import EvaluationTask, Item, Prediction
 from tasks.bigbench import files, metrics, prompts
+from tasks.evaluation import seqio_metrics
 
 # The released evaluation cut prompts at so many tokens, from the right; long ones lose their end.
 REFERENCE_LENGTH = 1024
@@ -63,37 +64,39 @@ def evaluation_tasks(
     kinds = leaf.types if every_kind else (preferred_kind(leaf),)
     for kind in kinds:
       main = kind == preferred_kind(leaf)
-      found.append(
-        EvaluationTask(
-          name=task_name(leaf, kind, shots),
-          # The second kind is a row of its own, with a range that says nothing of guessing.
-          group=leaf.task if main else f'{leaf.task} (generated)',
-          items=functools.partial(prompts.make_items, leaf, shots, kind),
-          metric=leaf.metric if main else 'rougeLsum',
-          measure=functools.partial(_measure, leaf, kind),
-          measure_all=functools.partial(_measure_all, leaf, kind),
-          low=leaf.low if main else 0.0,
-          high=leaf.high if main else 100.0,
-          shots=shots,
-          in_average=main,
-          reference_length=REFERENCE_LENGTH,
-        )
-      )
+      found.append(_task(leaf, kind, shots, main))
   return found
+
+
+def _task(leaf: files.Leaf, kind: str, shots: int, main: bool) -> EvaluationTask:
+  return EvaluationTask(
+    name=task_name(leaf, kind, shots),
+    # The second kind is a row of its own, with a range that says nothing of guessing.
+    group=leaf.task if main else f'{leaf.task} (generated)',
+    items=functools.partial(prompts.make_items, leaf, shots, kind),
+    metric=leaf.metric if main else 'rougeLsum',
+    measure=functools.partial(_measure, leaf, kind),
+    measure_all=functools.partial(_measure_all, leaf, kind),
+    low=leaf.low if main else 0.0,
+    high=leaf.high if main else 100.0,
+    shots=shots,
+    in_average=main,
+    reference_length=REFERENCE_LENGTH,
+  )
 
 
 def _rows(leaf: files.Leaf, kind: str, shots: int, seed: int) -> Mapping[str, list]:
   """The columns of a leaf's seqio examples: a row per choice, or per generated answer."""
-  columns: dict[str, list] = {'inputs': [], 'targets': [], 'answers': []}
+  columns: dict[str, list] = {'inputs': [], 'targets': [], 'answers': [], 'idx': []}
   if kind == 'mul':
-    columns |= {'idx': [], 'scores': []}
+    columns |= {'scores': []}
   for row, item in enumerate(prompts.make_items(leaf, shots, kind, seed)):
     rows = item.choices if kind == 'mul' else item.answers[:1]
     columns['inputs'] += [item.prompt.text()] * len(rows)
     columns['targets'] += rows
     columns['answers'] += [item.answers] * len(rows)
+    columns['idx'] += [[row, column] for column in range(len(rows))]
     if kind == 'mul':
-      columns['idx'] += [[row, column] for column in range(len(rows))]
       columns['scores'] += item.scores
   columns['answers'] = tf.ragged.constant(columns['answers'])
   return columns
@@ -130,7 +133,12 @@ def register(
         source=seqio.FunctionDataSource(dataset, splits=['all']),
         preprocessors=[seqio.preprocessors.tokenize, seqio.CacheDatasetPlaceholder()],
         output_features=features,
-        metric_fns=[],
+        postprocess_fn=seqio_metrics.index_of,
+        metric_fns=[
+          seqio_metrics.metric(
+            functools.partial(_task, leaf, kind, shots, True), kind == 'mul', vocabulary
+          )
+        ],
       )
       registered.append((name, len(leaf.examples)))
   mixture = f'bigbench:bigbench_lite_v1.mix.t5_default_vocab.{shots}_shot.all_examples'

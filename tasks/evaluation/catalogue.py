@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -17,7 +18,7 @@ import tensorflow as tf
 from openmoe.config import ConfigError
 from openmoe.evaluation.items import EvaluationTask, Item
 from tasks.bigbench import files, lite
-from tasks.evaluation import answers, code, leaderboard
+from tasks.evaluation import answers, code, leaderboard, seqio_metrics
 
 BENCHMARKS: dict[str, Callable[..., EvaluationTask]] = {
   'triviaqa': answers.triviaqa,
@@ -48,6 +49,7 @@ SUITES = {
   ),
 }
 _PROGRAMS = ('humaneval', 'mbpp')
+_GENERATED = ('triviaqa', 'gsm8k', *_PROGRAMS)  # the others rank choices
 BIGBENCH_SHOTS = 3  # of the published table
 
 
@@ -136,11 +138,17 @@ def make_tasks(
   return found
 
 
-def register(name: str, mode: str, data_dir: str, vocabulary: seqio.Vocabulary) -> str:
-  """Registers a benchmark as the seqio task `<name>_<mode>`.
+def register(name: str, mode: str, data_dir: str, vocabulary: seqio.Vocabulary | str) -> str:
+  """Registers a benchmark as the seqio task `<name>_<mode>`, with its figures as metrics.
 
   A row per choice (idx is [item, choice], is_correct its credit), or per item with its first
   answer; nothing is read before a dataset is asked for.
+
+  Args:
+    name: of the benchmark.
+    mode: 'reference' or 'fixed'.
+    data_dir: holds its files.
+    vocabulary: of the model; or a registered task or mixture that has it.
 
   Returns:
     Name of the task.
@@ -148,9 +156,13 @@ def register(name: str, mode: str, data_dir: str, vocabulary: seqio.Vocabulary) 
   if name not in BENCHMARKS:
     raise ConfigError(f'{name!r} is no benchmark. Nearest: {_nearest(name, list(BENCHMARKS))}.')
 
+  if isinstance(vocabulary, str):
+    vocabulary = seqio.get_mixture_or_task(vocabulary).output_features['targets'].vocabulary
+  make = functools.partial(BENCHMARKS[name], mode, None, data_dir)
+
   def dataset(split, shuffle_files, seed=None):
     del split, shuffle_files, seed
-    items = BENCHMARKS[name](mode, None, data_dir).items()
+    items = make().items()
     rows = [row for i, item in enumerate(items) for row in _seqio_rows(i, item)]
     return tf.data.Dataset.from_tensor_slices({key: [r[key] for r in rows] for key in rows[0]})
 
@@ -165,7 +177,8 @@ def register(name: str, mode: str, data_dir: str, vocabulary: seqio.Vocabulary) 
       'inputs': seqio.Feature(vocabulary, add_eos=False, required=False),
       'targets': seqio.Feature(vocabulary, add_eos=False),
     },
-    metric_fns=[],
+    postprocess_fn=seqio_metrics.index_of,
+    metric_fns=[seqio_metrics.metric(make, name not in _GENERATED, vocabulary)],
   )
   return task
 

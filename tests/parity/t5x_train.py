@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 
+import jax
 import numpy as np
 
 from convert.core.forms import Form
@@ -144,7 +145,13 @@ def _read_mismatches(checkpoint: pathlib.Path) -> int:
   """Tensors of what t5x saved that our reader and orbax's read otherwise."""
   import orbax.checkpoint
 
-  tree = orbax.checkpoint.PyTreeCheckpointer().restore(checkpoint / 'state')
+  reader = orbax.checkpoint.PyTreeCheckpointer()
+  # As numpy: on which devices the arrays were is of no concern.
+  plain = orbax.checkpoint.RestoreArgs(restore_type=np.ndarray)
+  leaves = reader.metadata(checkpoint / 'state').item_metadata.tree
+  is_leaf = lambda node: not isinstance(node, dict)
+  args = jax.tree.map(lambda _: plain, leaves, is_leaf=is_leaf)
+  tree = reader.restore(checkpoint / 'state', restore_args=args)
   theirs: dict[str, np.ndarray] = {}
 
   def walk(node, path: str) -> None:
