@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from openmoe import partitioning
 from openmoe.config import MoEConfig, RouterLoss
+from openmoe.layers.moe.balance import pooled
 from openmoe.types import Array, RouterStats
 
 
@@ -188,7 +189,9 @@ def router_losses(stats: RouterStats | None, config: MoEConfig | None) -> dict[s
   if stats is None:
     return {}
   together = jnp.sum if config.router_loss is RouterLoss.SUM else jnp.mean
+  balance = stats.load_balance_loss
+  balance = pooled(balance) if config.balance_loss == 'mixtral' else balance
   return {
-    'load_balance_loss': config.load_balance_weight * together(stats.load_balance_loss),
+    'load_balance_loss': config.load_balance_weight * together(balance),
     'router_z_loss': config.router_z_weight * together(stats.router_z_loss),
   }

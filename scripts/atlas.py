@@ -6,6 +6,8 @@
       pages, pictures and tables of a record, or of the checkpoints of a run
   compare FOLDER FOLDER --out=PAGES
       two records of the same tokens
+  losses [--experts=32 --top_k=2 --layers=4]
+      balance losses of other systems, and what a weight of theirs is in ours
   check FOLDER...
       the identities that hold of every record
 
@@ -28,6 +30,7 @@ import sys
 from openmoe.atlas import identities
 from openmoe.atlas.counts import Study
 from openmoe.atlas.record import Record
+from openmoe.layers.moe import balance
 from openmoe.observe.text import visible
 from scripts import atlas_models
 
@@ -61,6 +64,15 @@ def compare(args) -> int:
   return 0
 
 
+def losses(args) -> int:
+  """Prints the table of balance losses."""
+  rows = balance.table(args.experts, args.top_k, args.layers)
+  widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+  for row in ({name: name for name in rows[0]}, *rows):
+    print('  '.join(f'{text:<{widths[name]}}' for name, text in row.items()).rstrip())
+  return 0
+
+
 @command.guarded
 def main(argv: list[str] | None = None) -> int:
   parser = command.Parser(__doc__)
@@ -76,6 +88,10 @@ def main(argv: list[str] | None = None) -> int:
   sub.add_argument('records', nargs=2, metavar='FOLDER')
   sub.add_argument('--out', required=True, help='folder of the page')
   sub.set_defaults(run=compare)
+  sub = verbs.add_parser('losses', help='balance losses side by side')
+  for name, default in (('experts', 32), ('top_k', 2), ('layers', 4)):
+    sub.add_argument(f'--{name}', type=int, default=default)
+  sub.set_defaults(run=losses)
   sub = verbs.add_parser('check', help='identities of records')
   sub.add_argument('records', nargs='+', metavar='FOLDER')
   sub.set_defaults(run=check)

@@ -2,6 +2,7 @@
 
 from openmoe.config.run import DataConfig, InitialState, TrainConfig
 from openmoe.config.step import (
+  BALANCE_LOSSES,
   Architecture,
   CapacityConvention,
   ConfigError,
@@ -19,6 +20,7 @@ from openmoe.config.step import (
 )
 
 __all__ = [
+  'BALANCE_LOSSES',
   'Architecture',
   'CapacityConvention',
   'ConfigError',

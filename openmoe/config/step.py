@@ -50,6 +50,10 @@ class RouterLoss(enum.Enum):
   SUM = 'sum'  # sum over all routers; load balance is 1 per router at balance (JetMoE)
 
 
+BALANCE_LOSSES = ('st_moe', 'switch', 'gshard', 'mixtral', 'megablocks', 'jetmoe', 'olmo_core')
+BALANCE_LOSSES += ('deepseek_sequence', 'loss_free')  # see layers/moe/balance.py
+
+
 class Architecture(enum.Enum):
   """Which decoder the sizes are of."""
 
@@ -157,6 +161,7 @@ class MoEConfig:
     router_order: which softmax scales the expert outputs.
     load_balance_weight, router_z_weight: weights of the two router losses.
     router_loss: how the losses of several routers are put together.
+    balance_loss: which formula load balance has; one of BALANCE_LOSSES.
     router_init_std: standard deviation of the router's initial kernel.
     jitter_noise: multiplies router inputs by U(1-j, 1+j) in training; 0 is off.
     ignore_padding: False routes padding (to experts 0 and 1: its logits tie), as released.
@@ -178,9 +183,12 @@ class MoEConfig:
   jitter_noise: float = 0.0
   ignore_padding: bool = False
   dispatch: Dispatch = Dispatch.SCATTER
+  balance_loss: str = 'st_moe'
 
   def __post_init__(self):
     check_fields(self, zero=('load_balance_weight', 'router_z_weight'), shares=('jitter_noise',))
+    rule = f'MoEConfig.balance_loss={self.balance_loss!r} is not one of {BALANCE_LOSSES}.'
+    require(self.balance_loss in BALANCE_LOSSES, rule)
     require(
       self.top_k <= self.num_experts,
       f'MoEConfig.top_k={self.top_k} is more than num_experts={self.num_experts}; lower top_k.',

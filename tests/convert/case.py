@@ -92,6 +92,7 @@ ROUTED = {
   'load_balance_weight': 0.5,
   'router_z_weight': 0.25,
   'router_loss': RouterLoss.SUM,
+  'balance_loss': 'megablocks',
   'router_init_std': 0.7,
   'jitter_noise': 0.01,
   'ignore_padding': True,

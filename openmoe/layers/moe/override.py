@@ -85,16 +85,25 @@ def weights_of(logits_gte: Array, index_gtk: Array, order: RouterOrder) -> Array
 
 
 def changed(
-  logits_gte: Array, valid_gt: Array | None, config: MoEConfig, routing: Routing, to: Override
+  logits_gte: Array,
+  valid_gt: Array | None,
+  config: MoEConfig,
+  routing: Routing,
+  to: Override,
+  bias_e: Array | None = None,
 ) -> Routing:
   """The decision of one router, changed.
 
   Args:
     to: its fields without the leading R.
+    bias_e: of a router that is balanced by one (balance.loss_free).
   """
   allowed_gte = jnp.where(to.banned_Re, -jnp.inf, logits_gte)
-  _, index_gtk = top_k(jnp.where(to.forced_Re, jnp.finfo(jnp.float32).max, allowed_gte),
-                       config.top_k)  # fmt: skip
+  scores_gte = allowed_gte
+  if bias_e is not None:
+    scores_gte = jnp.where(to.banned_Re, -jnp.inf, jax.nn.softmax(allowed_gte, axis=-1) + bias_e)
+  scores_gte = jnp.where(to.forced_Re, jnp.finfo(jnp.float32).max, scores_gte)
+  _, index_gtk = top_k(scores_gte, config.top_k)
   if to.replay_RNk is not None:
     replay_gtk = to.replay_RNk.reshape(index_gtk.shape)
     index_gtk = jnp.where(replay_gtk >= 0, replay_gtk, index_gtk)
@@ -104,7 +113,8 @@ def changed(
   if valid_gt is not None:
     weights_gtk = weights_gtk * valid_gt[..., None]
   index_gtk = to.target_Re[index_gtk]
-  return route(logits_gte, valid_gt, config, routing.capacity, (weights_gtk, index_gtk))
+  chosen = (weights_gtk, index_gtk, *(() if bias_e is None else (bias_e,)))
+  return route(logits_gte, valid_gt, config, routing.capacity, chosen)
 
 
 @contextlib.contextmanager
@@ -117,17 +127,17 @@ def watching(override: Override | None = None) -> Iterator[list[Seen]]:
     if not isinstance(context.module, Router) or context.method_name != '__call__':
       return routing
     x_gtd, valid_gt, _ = args
-    config, kernel_de = context.module.config, context.module.variables['params']['kernel']
+    config, params = context.module.config, context.module.variables['params']
     logits_gte = jnp.einsum(
       'gtd,de->gte',
       x_gtd.astype(jnp.float32),
-      kernel_de.astype(jnp.float32),
+      params['kernel'].astype(jnp.float32),
       precision=jax.lax.Precision.HIGHEST,
     )
     if override is not None:
       mine = jax.tree.map(lambda x: x[len(seen)], override)
       valid_gt = valid_gt if config.ignore_padding else None
-      routing = changed(logits_gte, valid_gt, config, routing, mine)
+      routing = changed(logits_gte, valid_gt, config, routing, mine, params.get('bias'))
     seen.append(Seen(logits_gte, routing))
     return routing
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from openmoe.config import CapacityConvention, Dispatch, MoEConfig, RouterLoss, RouterOrder
+from openmoe.layers.moe.balance import balance_loss, biased_choice
 from openmoe.types import Array, RouterStats, Routing
 
 
@@ -109,7 +110,7 @@ def route(
   valid_gt: Array | None,
   config: MoEConfig,
   capacity: int | None,
-  chosen: tuple[Array, Array] | None = None,
+  chosen: tuple[Array, ...] | None = None,
 ) -> Routing:
   """Top-k choices, combine weights, slots and statistics.
 
@@ -117,12 +118,12 @@ def route(
     router_logits_gte: float32.
     valid_gt: bool; False tokens are not routed and count in nothing. None routes everything.
     capacity: slots per expert and group; None means that every choice is served.
-    chosen: (combine weights, experts) [g, t, k] in place of the router's own (override.py).
+    chosen: (combine weights, experts) [g, t, k] in place of the router's own, or with its bias.
   """
   e, k = config.num_experts, config.top_k
   probs_gte = jax.nn.softmax(router_logits_gte, axis=-1)
   if chosen is not None:
-    weights_gtk, index_gtk = chosen
+    weights_gtk, index_gtk = chosen[:2]
   elif config.router_order is RouterOrder.SOFTMAX_TOP_K:
     weights_gtk, index_gtk = top_k(probs_gte, k)  # raw, not renormalised over the k
   else:
@@ -141,7 +142,9 @@ def route(
   slots = routed if capacity is None else float(e * capacity * slot_gtk.shape[0])
   lost_gt = routed_gtk.any(axis=-1) & ~served_gtk.any(axis=-1)
   balance = load_balance_loss(probs_gte, chosen_gte, valid_gt)
-  if config.router_loss is RouterLoss.SUM:
+  if config.balance_loss != 'st_moe':
+    balance = balance_loss(config, probs_gte, chosen_gtke, valid_gt, (chosen or ())[2:])
+  elif config.router_loss is RouterLoss.SUM:
     balance = balance / k  # f as a share of all choices, so that balance is 1 for any k
   stats = RouterStats(
     load_balance_loss=balance,
@@ -187,4 +190,5 @@ class Router(nn.Module):
         min_capacity=cfg.min_expert_capacity,
       )
     valid = valid_gt if cfg.ignore_padding else None
-    return route(logits_gte, valid, cfg, capacity)
+    chosen = biased_choice(self, logits_gte, cfg) if cfg.balance_loss == 'loss_free' else None
+    return route(logits_gte, valid, cfg, capacity, chosen)
