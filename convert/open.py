@@ -102,6 +102,7 @@ def load(
     unstacked=True,
     chat_template=found.chat_template,
     eos_ids=told.eos_ids,
+    step=found.step,
   )
 
 
@@ -123,12 +124,14 @@ class Found:
   Attributes:
     told: what it says of itself.
     params: (config, mesh) -> scanned tree of host or device arrays.
+    step: of the checkpoint of a run.
   """
 
   name: str
   told: Description
   vocabulary: TextTokenizer
   params: Callable[[ModelConfig, jax.sharding.Mesh | None], PyTree]
+  step: int | None = None
 
   @property
   def chat_template(self) -> chat.ChatTemplate:
@@ -226,7 +229,7 @@ def _open_run(path: epath.Path, vocabulary: str | None, model: str | None) -> Fo
     finally:
       reader.close()
 
-  return Found(f'{config.name}:{step}', told, tokenizer, params)
+  return Found(f'{config.name}:{step}', told, tokenizer, params, step)
 
 
 def described_tokenizer(run: epath.Path, told: Description, given: str | None) -> TextTokenizer:

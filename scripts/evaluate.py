@@ -77,6 +77,7 @@ def run(config: evaluate_lib.EvaluationConfig, options: catalogue.TaskOptions) -
     **dataclasses.asdict(options),
   )
   model = load_model(config)
+  config = evaluate_lib.placed(config, model.step)
   console = Console(quiet=jax.process_index() != 0)
   said = f'{model.name} {model.fingerprint[:12]}: {len(tasks)} tasks into {config.out_dir}'
   console.print(visible(said), highlight=False, markup=False, soft_wrap=True)

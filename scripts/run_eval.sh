@@ -42,13 +42,9 @@ if [[ -z "${TASKS:-}" ]]; then
 fi
 # Results are kept apart by checkpoint and mode: a run that trained on is another model.
 if [[ -z "${OUT_DIR:-}" ]]; then
-  run="$CHECKPOINT" name=results
-  if [[ "$(basename "$CHECKPOINT")" == checkpoint_* ]]; then
-    run="$(dirname "$CHECKPOINT")" name="$(basename "$CHECKPOINT")"
-  elif compgen -G "$CHECKPOINT/checkpoint_*" >/dev/null; then
-    name="$(basename -a "$CHECKPOINT"/checkpoint_* | sort -V | tail -n 1)"
-  fi
-  OUT_DIR="$run/eval/${name}_${PROMPT_MODE:-fixed}"
+  run="$CHECKPOINT"
+  if [[ "$(basename "$CHECKPOINT")" == checkpoint_* ]]; then run="$(dirname "$CHECKPOINT")"; fi
+  OUT_DIR="$run/eval/{checkpoint}_${PROMPT_MODE:-fixed}"
 fi
 BIGBENCH_DIR="${BIGBENCH_DIR:-runs/bigbench_lite}"
 

@@ -95,7 +95,11 @@ def csv_texts(path: str, field: str) -> list[bytes]:
     ConfigError: there is no such column, or the file is damaged.
   """
   content = files.without_bom(files.read_bytes(path))
-  header = next(csv.reader(io.StringIO(content[:_CHECK_PIECE].decode('utf-8', 'replace'))), [])
+  beginning = io.StringIO(content[:_CHECK_PIECE].decode('utf-8', 'replace'))
+  try:
+    header = next(csv.reader(beginning), [])
+  except csv.Error as error:
+    raise files.DamagedFile(f'{path} cannot be read as CSV ({error}); repair it.') from error
   _need_column(path, field, header)
   try:
     table = pyarrow.csv.read_csv(
@@ -107,7 +111,8 @@ def csv_texts(path: str, field: str) -> list[bytes]:
     )
   except pyarrow.ArrowException as error:
     raise files.DamagedFile(f'{path} cannot be read as CSV ({error}); repair it.') from error
-  return _texts(table.column(field))
+  with files.reading(path):
+    return _texts(table.column(field))
 
 
 def row_groups(path: str) -> int:
@@ -127,7 +132,8 @@ def parquet_texts(path: str, group: int, field: str) -> list[bytes]:
     kind = file.schema_arrow.field(field).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
       raise ConfigError(f'{path}: column {field!r} holds {kind}, not text; set text_field.')
-    return _texts(file.read_row_group(group, columns=[field]).column(field))
+    with files.reading(path):
+      return _texts(file.read_row_group(group, columns=[field]).column(field))
 
 
 def _texts(column: pyarrow.ChunkedArray) -> list[bytes]:
@@ -141,7 +147,7 @@ def _parquet(path: str) -> Iterator[pyarrow.parquet.ParquetFile]:
   try:
     with epath.Path(path).open('rb') as file:
       yield pyarrow.parquet.ParquetFile(file)
-  except (pyarrow.ArrowException, OSError) as error:
+  except (pyarrow.ArrowException, OSError, UnicodeError, OverflowError) as error:
     raise files.DamagedFile(
       f'{path} cannot be read as .parquet ({error}); copy it again.'
     ) from error

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import jax
 from etils import epath
 
+from openmoe.checkpoint.paths import checkpoint_name
 from openmoe.config import ConfigError
 from openmoe.evaluation import results
 from openmoe.evaluation.items import EvaluationTask, Item, Prediction
@@ -37,7 +38,7 @@ class EvaluationConfig:
 
   Attributes:
     checkpoint: run directory, checkpoint_<step> folder or Hugging Face folder.
-    out_dir: for result files.
+    out_dir: for result files; {checkpoint} in it becomes the name of what was read, see placed().
     tasks: names; tasks/evaluation/catalogue.py lists them.
     model: name of its sizes (gin/models), to be checked; None takes what the checkpoint says.
     vocabulary: SentencePiece model, for checkpoints that do not say theirs.
@@ -84,6 +85,19 @@ class EvaluationConfig:
         other = '' if name in _NEEDED else ', or None'
         rule = f'at least {low}' if low else '0 or more'
         raise ConfigError(f'{name}={value!r} must be a whole number, {rule}{other}.')
+
+
+def placed(config: EvaluationConfig, step: int | None) -> EvaluationConfig:
+  """The configuration with `checkpoint_STEP` where its out_dir has {checkpoint}.
+
+  Results are named after the checkpoint that was read: of a run, the newest whole one, which no
+  listing of its directory tells.
+
+  Args:
+    step: of the model; None for a folder without steps, whose place is `results`.
+  """
+  name = 'results' if step is None else checkpoint_name(step)
+  return dataclasses.replace(config, out_dir=config.out_dir.replace('{checkpoint}', name))
 
 
 class Model(Protocol):

@@ -97,6 +97,7 @@ class LanguageModel:
     batch_rows: rows of a batch at most.
     chat_template: of encode_chat.
     eos_ids: tokens that end a text; none given means the vocabulary's.
+    step: of the run's checkpoint that the parameters are of, if they are of one.
 
   Attributes:
     trained_config: as given; `config` is what inference makes of it.
@@ -118,10 +119,11 @@ class LanguageModel:
     unstacked: bool = False,
     chat_template: ChatTemplate = OPENMOE,
     eos_ids: Sequence[int] = (),
+    step: int | None = None,
   ):
     self.trained_config, self.config = config, inference_config(config, capacity)
     self.vocabulary, self.start_id, self.max_length = vocabulary, start_id, max_length
-    self.name = name or config.name
+    self.name, self.step = name or config.name, step
     self.mesh, self.chat_template = mesh, chat_template
     self.eos_ids = tuple(sorted({int(i) for i in eos_ids or (vocabulary.eos_id,)}))
     self._rows = batch_rows

@@ -202,6 +202,8 @@ def _from_model(
     raise ConfigError(f'{where} is not a SentencePiece model: {error}') from error
   eos = pieces.eos_id() if eos_id is None else eos_id
   size = pieces.get_piece_size()
+  if not size:
+    raise ConfigError(f'{where} is not a SentencePiece model: it has no pieces; copy it again.')
   own = {text: i for text, i in (added or {}).items() if i >= size}
   is_byte = lambda token: token < size and pieces.is_byte(token)
   return TextTokenizer(pieces.encode, pieces.decode, size, eos, content, source, is_byte, own)

@@ -61,10 +61,11 @@ def read_batches(model_dir: str | os.PathLike) -> dict[int, dict[str, str]]:
   for path in sorted(paths, key=lambda p: p.name):
     for line in read_small(path, _LIMIT).splitlines():
       record = decode(line)
-      if record is None:
+      told = record.get('shards') if record else None
+      if not isinstance(told, dict):
         continue
       shards = found.setdefault(record['step'], {})
-      for shard, digest in record['shards'].items():
+      for shard, digest in told.items():
         if shards.setdefault(shard, digest) != digest:
           raise ValueError(
             f'Step {record["step"]}: processes read different rows of shard {shard}.'

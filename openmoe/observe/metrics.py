@@ -21,9 +21,11 @@ import jax
 import numpy as np
 from etils import epath
 
+from openmoe.checkpoint.paths import read_small
 from openmoe.observe.display import Progress, make_display
 from openmoe.observe.hardware import peak_flops
 from openmoe.observe.notes import (
+  LIMIT,
   RECORDS,
   Events,
   Records,
@@ -61,12 +63,20 @@ def read_records(model_dir: str | os.PathLike, kind: str | None = None) -> list[
   Args:
     model_dir: run directory.
     kind: 'train' or 'validation' for those only.
+
+  Raises:
+    Unreadable: it is no file, or larger than any.
   """
   path = epath.Path(model_dir) / RECORDS
   if not path.exists():
     return []
-  records = [r for line in path.read_bytes().splitlines() if (r := decode(line)) is not None]
-  return [r for r in records if kind in (None, r.get('kind'))]
+  # What somebody else wrote beside numbers is nothing to draw or to compare.
+  number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+  return [
+    {name: value for name, value in record.items() if name == 'kind' or number(value)}
+    for line in read_small(path, LIMIT).splitlines()
+    if (record := decode(line)) is not None and kind in (None, record.get('kind'))
+  ]
 
 
 def read_router(model_dir: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -11,21 +11,21 @@ import json
 import math
 import os
 import time
-import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from openmoe.checkpoint import safe_json
+from openmoe.checkpoint import npz, safe_json
 from openmoe.checkpoint.paths import Unreadable, is_remote, read_small, write_whole
 
 RECORDS = 'metrics.jsonl'
 ROUTER_FOLDER = 'router'
 ROUTER_SPAN = 1000  # steps in one router file
 _REMOTE_PERIOD = 60.0  # seconds between writes of metrics.jsonl to an object store
-_LIMIT = 4 << 30  # bytes of a file of notes
+LIMIT = 4 << 30  # bytes of a file of notes
+_MOST_STEPS, _LARGEST = 1 << 53, 1 << 1000
 Note = Callable[[str], None]
 
 
@@ -43,8 +43,12 @@ def decode(line: bytes) -> dict[str, Any] | None:
     record = safe_json.loads(line.decode('utf-8'))
   except ValueError:  # JsonError, and text that is not UTF-8
     return None
-  if not isinstance(record, dict) or type(record.get('step')) is not int:
+  if not isinstance(record, dict) or not isinstance(record.get('kind', ''), str):
     return None
+  if type(record.get('step')) is not int or not 0 <= record['step'] < _MOST_STEPS:
+    return None
+  if any(isinstance(value, int) and abs(value) > _LARGEST for value in record.values()):
+    return None  # no float holds it
   return {k: float(v) if v in ('nan', 'inf', '-inf') else v for k, v in record.items()}
 
 
@@ -63,12 +67,7 @@ def load_arrays(path: epath.Path) -> dict[str, np.ndarray]:
     Unreadable: it is no such file, or a damaged one.
     OSError: it cannot be read.
   """
-  try:
-    # allow_pickle stays off: a run directory is data, and must not be able to execute anything.
-    with np.load(io.BytesIO(read_small(path, _LIMIT)), allow_pickle=False) as loaded:
-      arrays = dict(loaded)
-  except (ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
-    raise Unreadable(f'{path} does not hold router arrays: {error}') from error
+  arrays = npz.parse(read_small(path, LIMIT), os.fspath(path))
   lengths = {len(a) if a.ndim else -1 for a in arrays.values()}
   if 'steps' not in arrays or len(lengths) != 1:
     raise Unreadable(f'{path} does not hold router arrays, but {sorted(arrays)}.')
@@ -108,7 +107,7 @@ class Records:
     if not self._path.exists():
       return b''
     try:
-      content = read_small(self._path, _LIMIT)
+      content = read_small(self._path, LIMIT)
     except (Unreadable, OSError) as error:
       set_aside(self._path, error, note)
       return b''

@@ -35,11 +35,12 @@ def plot_run(model_dir: str | os.PathLike) -> list[str]:
     model_dir: run directory with metrics.jsonl, and router/ for a sparse model.
 
   Returns:
-    Paths written: loss.png if there is a training record, experts.png if there is a router record.
+    Paths written: loss.png if there is a training record with a loss, experts.png if there is a
+    router record.
   """
   directory = epath.Path(model_dir)
   figures = {}
-  if any('loss' in record for record in read_records(directory, 'train')):
+  if any(np.isfinite(record.get('loss', np.nan)) for record in read_records(directory, 'train')):
     figures['loss.png'] = loss_figure(directory)
   router = read_router(directory)
   if router:

@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Self
 
-from openmoe.checkpoint import safe_json
+from openmoe.checkpoint import fields, safe_json
 from openmoe.checkpoint.paths import Unreadable, absolute, is_remote, write_whole
 from openmoe.config import ConfigError
 
@@ -236,16 +236,8 @@ class Lease:
     """Who a file says has the directory; None without a file, or with one that a kill has cut."""
     path = path or self._path
     try:
-      told = safe_json.read(path, limit=1 << 16)
-      return Owner(
-        str(told['key']),
-        str(told['host']),
-        int(told['pid']),
-        str(told['machine']),
-        int(told['began']),
-        int(told['count']),
-      )
+      return fields.read(Owner, safe_json.read(path, limit=1 << 16), os.fspath(path))
     except FileNotFoundError:
       return None
-    except (Unreadable, KeyError, TypeError, ValueError):
+    except (Unreadable, ConfigError):
       return Owner('', 'an unknown machine', 0, '', 0)

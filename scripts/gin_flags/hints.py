@@ -128,6 +128,9 @@ def of_flag(message: str) -> str:
   return ' '.join(f'{text}.' for name, text in FLAGS.items() if f"'{name}'" in message)
 
 
+_QUOTES = '\'"'
+
+
 def wrong_value(binding: str) -> str | None:
   """A sentence about a value that gin cannot read, or None where it can."""
   name, _, value = (part.strip() for part in binding.partition('='))
@@ -138,11 +141,12 @@ def wrong_value(binding: str) -> str | None:
   try:
     ast.literal_eval(value)
   except (ValueError, SyntaxError, MemoryError, RecursionError):
-    quoted = value.strip('\'"')
-    return (
-      f'--gin.{name}={value}: {value} is no value of gin: a number, True, None, a tuple or a dict; '
-      f'text needs quotes: --gin.{name}="\'{quoted}\'".'
-    )
+    flag = f'--gin.{name}='
+    said = f'{flag}{value}: {value} is no value of gin: a number, True, None, a tuple or a dict; '
+    if found := re.match(r'[-+]?0*([0-9][0-9_]*(\.[0-9]*)?)(?=[A-Za-z]|$)', value):
+      # 10steps, 2k, 007: somebody wanted a number, or has a name that begins with one.
+      said += f'a number stands alone, without units or zeros in front: {flag}{found[1]}; '
+    return f'{said}text needs quotes: {flag}"\'{value.strip(_QUOTES)}\'".'
   return None
 
 

@@ -74,6 +74,12 @@ def of_file(content: bytes, dice: random.Random) -> bytes:
   deep = b'{"a":' * 100_000
   if dice.random() < 0.01:
     return dice.choice((b'', b'[]', b'null', b'5', b'""', deep, b'\xff' * 100))
+  lines = content.split(b'\n')
+  if len(lines) > 2 and dice.random() < 0.5:  # one of JSON, among others
+    place = dice.randrange(len(lines))
+    if lines[place][:1] in (b'{', b'['):
+      lines[place] = of_file(lines[place], dice)
+      return b'\n'.join(lines)
   try:
     value = json.loads(content)
   except ValueError:

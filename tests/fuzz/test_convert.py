@@ -3,9 +3,7 @@
 import json
 import pathlib
 import random
-import resource
 import shutil
-import signal
 import struct
 import zipfile
 
@@ -18,11 +16,7 @@ from convert.core.tensors import ConvertError
 from openmoe.config import ConfigError
 from tests.convert import case
 from tests.convert.test_hostile import pickled, tensors_of
-from tests.fuzz import mutate
-
-SECONDS = 20  # for one mutation; a right one takes milliseconds
-MEMORY = 700 << 20  # bytes that the process may grow by over all mutations of a file
-LONGER = 60  # times as many under `slow`
+from tests.fuzz import loop, mutate
 
 
 def _hf(place):
@@ -98,14 +92,6 @@ def _use(folder: pathlib.Path, model: str | None) -> list[str]:
   return checks.fsck(form, config)
 
 
-def _files(place: pathlib.Path) -> set[str]:
-  return {str(p.relative_to(place)) for p in place.rglob('*')}
-
-
-def _hung(*unused):
-  raise AssertionError(f'no end after {SECONDS} s')
-
-
 def fuzz(target: str, times: int, place: pathlib.Path) -> None:
   """Mutates a file so often.
 
@@ -117,34 +103,18 @@ def fuzz(target: str, times: int, place: pathlib.Path) -> None:
   model = case.model_file(place / 'model.json') if make is _t5x else None
   assert not _use(folder, model), 'as it is, it is sound'
   path = folder / ('pytorch_model.bin' if target == 'pickle' else name)
-  original, before = path.read_bytes(), _files(place)
-  memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  dice, refused = random.Random(target), 0
   shutil.copy(path, place / 'original')
-  before.add('original')
-  signal.signal(signal.SIGALRM, _hung)
-  for number in range(times):
+
+  def mutation(original: bytes, dice: random.Random, number: int) -> bytes:
     if target == 'pickle':
-      mutated = _inside_archive(place / 'original', name, dice)
-    elif target == 'safetensors' and number % 2:
-      mutated = _header_apart(original, dice)
-    else:
-      mutated = mutate.of_file(original, dice)
-    path.write_bytes(mutated)
-    signal.alarm(SECONDS)
-    try:
-      refused += bool(_use(folder, model))
-    except (ConvertError, NamesError, ConfigError):
-      refused += 1
-    except BaseException as error:
-      (place / 'mutation').write_bytes(mutated)
-      raise AssertionError(f'{target}, mutation {number}: {error!r}') from error
-    finally:
-      signal.alarm(0)
-  grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) << 10
-  assert grown < MEMORY, f'{grown >> 20} MB more than before'
-  assert _files(place) == before
-  assert refused > times // 4, 'mutations that matter'
+      return _inside_archive(place / 'original', name, dice)
+    if target == 'safetensors' and number % 2:
+      return _header_apart(original, dice)
+    return mutate.of_file(original, dice)
+
+  use = lambda: _use(folder, model)
+  errors = (ConvertError, NamesError, ConfigError)
+  loop.fuzz(path, use, times, target, place, errors=errors, mutation=mutation)
 
 
 @pytest.mark.parametrize('target', TARGETS)
@@ -155,7 +125,7 @@ def test_mutations_of_a_checkpoint_are_refused_or_read(target, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('target', TARGETS)
 def test_many_mutations_of_a_checkpoint_are_refused_or_read(target, tmp_path):
-  fuzz(target, LONGER * TARGETS[target][2], tmp_path)
+  fuzz(target, loop.LONGER * TARGETS[target][2], tmp_path)
 
 
 def test_mutations_differ_and_are_the_same_for_a_seed():

@@ -25,7 +25,7 @@ from openmoe.checkpoint.description import identity
 from openmoe.config import ConfigError, ModelConfig
 from openmoe.data.vocabulary import train_vocabulary
 from openmoe.evaluation.items import EvaluationTask, Item, Prompt
-from openmoe.evaluation.run import EvaluationConfig, evaluate_task
+from openmoe.evaluation.run import EvaluationConfig, evaluate_task, placed
 from openmoe.inference.model import LanguageModel
 from openmoe.models import abstract_params
 from openmoe.train_step import TrainState
@@ -232,6 +232,9 @@ def test_results_are_named_after_the_checkpoint_that_was_read(run, tmp_path, voc
   manifest.unlink()
   found, first = load(str(copy)), load(f'{run[0]}/checkpoint_1')
   assert found.name == 'openmoe:1' and found.fingerprint == first.fingerprint
+  settings = EvaluationConfig(str(copy), 'eval/{checkpoint}_fixed', ('tiny',))
+  assert placed(settings, found.step).out_dir == 'eval/checkpoint_1_fixed'
+  assert placed(settings, None).out_dir == 'eval/results_fixed'
 
 
 def test_several_ends_and_added_tokens_of_a_folder(vocabulary, tmp_path):
