@@ -217,9 +217,10 @@ class Workplace:
 
   def _take_up(self) -> None:
     journal = self._journal_path
-    lines = _json_lines(journal.read_text(encoding='utf-8')) if journal.exists() else []
+    lines = _json_lines(journal.read_bytes()) if journal.exists() else []
     if lines and lines[0].get('plan') == self._plan:
-      whole = (line for line in lines[1:] if 'target' in line and 'sha256_after' in line)
+      is_text = lambda line, name: isinstance(line.get(name), str)
+      whole = (n for n in lines[1:] if is_text(n, 'target') and is_text(n, 'sha256_after'))
       self._done = {line['target']: line for line in whole}
       _remove_leftovers(self.path)
     elif self.path.exists():
@@ -297,12 +298,12 @@ def _same_file(file: IO, path: os.PathLike | str) -> bool:
     return False
 
 
-def _json_lines(text: str) -> list[dict[str, Any]]:
-  """Whole lines only: the last one may have been cut off."""
+def _json_lines(content: bytes) -> list[dict[str, Any]]:
+  """Whole lines before the first damaged one: the last may have been cut off."""
   lines = []
-  for line in text.split('\n')[:-1]:
+  for line in content.split(b'\n')[:-1]:
     try:
-      lines.append(safe_json.parse(line.encode(), 'journal'))
+      lines.append(safe_json.parse(line, 'journal'))
     except Unreadable:
       break
   return lines

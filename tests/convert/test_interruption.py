@@ -4,6 +4,7 @@ import random
 import time
 
 import pytest
+from etils import epath
 
 from convert import workplace
 from convert.core.tensors import ConvertError
@@ -84,9 +85,21 @@ def test_damage_done_in_between_is_done_again(ours, hf, tmp_path, monkeypatch):
   assert case.contents(tmp_path / 'hf') == case.contents(hf)
 
 
-def test_a_second_process_on_the_same_output_is_refused(ours, tmp_path):
-  from etils import epath
+@pytest.mark.parametrize(
+  'line', [b'\xff\xfe\n', b'{"target": ["a"], "sha256_after": 3}\n', b'[1]\n', b'[' * 9999 + b'\n']
+)
+def test_a_damaged_journal_costs_no_more_than_work(line, ours, hf, tmp_path):
+  work = workplace.Workplace(epath.Path(tmp_path / 'hf'), {})
+  kept = work._journal_path.read_bytes()
+  work.close()
+  for content in (line, kept + line):
+    work._journal_path.write_bytes(content)
+    again = workplace.Workplace(epath.Path(tmp_path / 'hf'), {})
+    assert not again._done
+    again.close()
 
+
+def test_a_second_process_on_the_same_output_is_refused(ours, tmp_path):
   work = workplace.Workplace(epath.Path(tmp_path / 'hf'), {})
   with pytest.raises(ConvertError, match='Another process is converting'):
     convert(find_form(ours), 'hf', tmp_path / 'hf', None, Options())
