@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -60,8 +60,9 @@ def load(
   num_model_partitions: int | None = None,
   num_expert_partitions: int = 1,
   batch_rows: int = 16,
+  devices: Sequence[jax.Device] | None = None,
 ) -> LanguageModel:
-  """A model on all devices.
+  """A model on all devices, or on those given.
 
   Args:
     checkpoint: a run directory (its newest whole checkpoint is taken), RUN/checkpoint_STEP, or a
@@ -87,7 +88,9 @@ def load(
   found = find(checkpoint, vocabulary, model)
   told = found.told
   config = dataclasses.replace(told.model, dtype=dtype)
-  mesh = inference_mesh(config, jax.devices(), num_model_partitions, num_expert_partitions)
+  mesh = inference_mesh(
+    config, devices or jax.devices(), num_model_partitions, num_expert_partitions
+  )
   params = _placed(found.params(config, mesh), config, mesh, expert_form(config, mesh, capacity))
   return LanguageModel(
     config,

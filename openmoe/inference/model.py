@@ -167,6 +167,11 @@ class LanguageModel:
     return other
 
   @property
+  def drops(self) -> tuple[float, float]:
+    """(choices that found no slot, all choices) so far; zeros when dropless."""
+    return self._dropped, self._routed
+
+  @property
   def dropped_fraction(self) -> float:
     return self._dropped / self._routed if self._routed else 0.0
 
