@@ -20,6 +20,7 @@ from openmoe import partitioning
 from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.checkpoint.description import identity
 from openmoe.checkpoint.paths import Unreadable
+from openmoe.checkpoint.policy import Keep
 from openmoe.config import (
   ConfigError,
   DataConfig,
@@ -93,14 +94,15 @@ def train(
 
   # What is opened is closed in turn, also when something raises: a save that has begun is finished.
   with contextlib.ExitStack() as opened:
-    signals = opened.enter_context(Signals(device_mesh))
+    signals = Signals(device_mesh, run.checkpoint_minutes, logging.warning)
+    opened.enter_context(signals)
     lease = Lease(run.model_dir, note=logging.warning)
     in_first(lambda: opened.enter_context(lease))
     timeline = opened.enter_context(Timeline(run.model_dir, logging.warning))
     checkpointer = opened.enter_context(
       Checkpointer(
         run.model_dir,
-        run.keep_checkpoints,
+        Keep(run.keep_checkpoints, run.keep_every, run.keep_best),
         identity(model),
         committing=functools.partial(timeline.background, 'commit'),
       )
@@ -171,9 +173,7 @@ def train(
     step = running.step
     validation = {}
     if evaluate and end is not End.STOPPED:
-      with running.aside('evaluation'):
-        validation = evaluate(running.state.params)
-        writer.write(step, validation, kind='validation')
+      validation = running.validate()
     timeline.enter('save', step)
     checkpointer.wait()  # a signal still finds our handlers, so it cannot cost this save
     if end is not End.COMPLETE:
@@ -233,9 +233,8 @@ def _loop(at: Running) -> End:
       flush()
     if at.evaluate and at.step % run.eval_period == 0 and at.step < run.total_steps:
       flush()
-      with at.aside('evaluation'):
-        at.writer.write(at.step, at.evaluate(at.state.params), kind='validation')
-    if at.step % run.checkpoint_period == 0 or last:
+      at.validate()
+    if at.step % run.checkpoint_period == 0 or last or at.signals.save:
       save()
     if stop and at.step < run.total_steps:
       return End.STOPPED

@@ -1,5 +1,6 @@
 """Who opens closes: what is left when a run raises, diverges or runs out of data."""
 
+import contextlib
 import dataclasses
 import json
 import types
@@ -66,7 +67,7 @@ def test_data_that_end_end_the_run_with_a_checkpoint(tmp_path, monkeypatch, caps
   given = arguments(tmp_path, source_of(corpus()), total_steps=1000, checkpoint_period=1000)
   given['data'] = dataclasses.replace(given['data'], num_epochs=1)
   monkeypatch.setattr(door, '_DRY_RUN', types.SimpleNamespace(value=False))
-  monkeypatch.setattr(door.processes, 'join', lambda: None)
+  monkeypatch.setattr(door.processes, 'joined', lambda *_: contextlib.nullcontext())
   monkeypatch.setattr(door, 'configure', lambda: given)
   assert door.main() == 66
   out = capsys.readouterr().out

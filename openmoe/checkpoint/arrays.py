@@ -20,6 +20,8 @@ from etils import epath
 from openmoe.checkpoint import manifest
 from openmoe.types import PyTree
 
+LARGEST_CHUNK = 256 << 20  # bytes of a parameter that are compressed together
+
 
 def is_not_told_twice(record: logging.LogRecord) -> bool:
   """False for tracebacks that orbax logs: what it raises then is told by whoever called it."""
@@ -82,3 +84,22 @@ def with_sharding(abstract: PyTree) -> PyTree:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
   return jax.tree.map(place, abstract)
+
+
+def save_args(tree: PyTree) -> PyTree:
+  """Chunks of at most LARGEST_CHUNK, split along the leading axes first.
+
+  Those are the stacked layers and the experts, so that a converter reads one of them without
+  decoding all; by itself orbax makes one chunk of everything a device holds.
+  """
+
+  def one(leaf: jax.Array) -> ocp.SaveArgs:
+    lead, size = 0, leaf.nbytes
+    while size > LARGEST_CHUNK and lead < min(2, leaf.ndim - 2):
+      size //= leaf.shape[lead]
+      lead += 1
+    if not lead and size <= LARGEST_CHUNK:
+      return ocp.SaveArgs()
+    return ocp.SaveArgs(chunk_byte_size=LARGEST_CHUNK, shard_axes=tuple(range(lead)))
+
+  return jax.tree.map(one, tree)

@@ -32,11 +32,11 @@ from jax.experimental import multihost_utils
 from openmoe.checkpoint import arrays, manifest, safe_json
 from openmoe.checkpoint.description import Description, identity_differences, of_metadata
 from openmoe.checkpoint.paths import PREFIX, Unreadable, absolute
+from openmoe.checkpoint.policy import Failures, Keep, Preservation, how_far_back, validation_loss
 from openmoe.checkpoint.positions import RestoreDataPositions, SaveDataPositions
 from openmoe.config import ConfigError
 from openmoe.types import PyTree
 
-LARGEST_CHUNK = 256 << 20  # bytes of a parameter that are compressed together
 DAMAGED_PREFIX = 'damaged_checkpoint'  # what a damaged one is renamed to when its step comes again
 # Of files; of TensorStore, for a full disk too; and where another process does not arrive.
 _WRITE_ERRORS = (OSError, ValueError, RuntimeError)
@@ -48,25 +48,6 @@ class CheckpointError(RuntimeError):
   exit_code = 65
 
 
-def _save_args(tree: PyTree) -> PyTree:
-  """Chunks of at most LARGEST_CHUNK, split along the leading axes first.
-
-  Those are the stacked layers and the experts, so that a converter reads one of them without
-  decoding all; by itself orbax makes one chunk of everything a device holds.
-  """
-
-  def one(leaf: jax.Array) -> ocp.SaveArgs:
-    lead, size = 0, leaf.nbytes
-    while size > LARGEST_CHUNK and lead < min(2, leaf.ndim - 2):
-      size //= leaf.shape[lead]
-      lead += 1
-    if not lead and size <= LARGEST_CHUNK:
-      return ocp.SaveArgs()
-    return ocp.SaveArgs(chunk_byte_size=LARGEST_CHUNK, shard_axes=tuple(range(lead)))
-
-  return jax.tree.map(one, tree)
-
-
 class Checkpointer:
   """Saves and restores the train state of one run directory.
 
@@ -75,7 +56,7 @@ class Checkpointer:
 
   Args:
     model_dir: run directory, local or gs://, the same for all processes; made if need be.
-    keep: newest checkpoints to keep.
+    keep: newest checkpoints to keep, or a Keep.
     identity: of the model, as description.identity gives it; checkpoints of another identity are
       refused. None takes whatever a checkpoint says it is; only to read.
     read_only: for evaluation beside a running training: writes, renames and deletes nothing.
@@ -90,7 +71,7 @@ class Checkpointer:
   def __init__(
     self,
     model_dir: str | os.PathLike,
-    keep: int,
+    keep: int | Keep,
     identity: Mapping[str, Any] | None,
     *,
     read_only: bool = False,
@@ -110,7 +91,9 @@ class Checkpointer:
     self._damaged: set[int] = set()
     if read_only and not self._directory.exists():
       raise ConfigError(f'{self._directory} does not exist; there is no checkpoint to read.')
-    self._keep = keep
+    self._keep = Keep(keep) if isinstance(keep, int) else keep
+    self._losses: dict[int, float] = {}
+    self._failures = Failures()
     try:
       self._manager = self._open_manager()
     except OSError as error:
@@ -127,7 +110,10 @@ class Checkpointer:
     )
     options = ocp.CheckpointManagerOptions(
       step_prefix=PREFIX,
-      max_to_keep=None if self._read_only else self._keep,
+      max_to_keep=None,
+      preservation_policy=None
+      if self._read_only
+      else Preservation(self._keep, self._losses, self._damaged),
       create=not self._read_only,
       cleanup_tmp_directories=not self._read_only,
       read_only=self._read_only,
@@ -186,6 +172,7 @@ class Checkpointer:
     """
     self._settle()
     self._manager.reload()
+    self._learn_losses()
     problems = []
     for step in sorted(self._manager.all_steps(), reverse=True):
       problem = self._problem(step)
@@ -200,6 +187,14 @@ class Checkpointer:
         'copy; or move them away, or set another MODEL_DIR, to start anew.'
       )
     return None
+
+  def _learn_losses(self) -> None:
+    """Reads what checkpoints of former starts say of their validation."""
+    if not self._keep.best or self._read_only:
+      return
+    for step in self._manager.all_steps():
+      with contextlib.suppress(CheckpointError):  # a damaged one is none of the best
+        self._losses[step] = validation_loss(self._facts(step)['metadata'])
 
   # --- save
 
@@ -221,12 +216,13 @@ class Checkpointer:
     assert not self._read_only, 'save() on a read-only Checkpointer'
     facts = {'step': step, 'identity': self._identity, 'metadata': dict(metadata)}
     facts = json.loads(json.dumps(facts))
+    self._losses[step] = validation_loss(metadata)
     self._settle()
     self._move_damaged_away(step)
     if step in self._manager.all_steps():
       return
     items = ocp.args.Composite(
-      params=ocp.args.StandardSave(state.params, save_args=_save_args(state.params)),
+      params=ocp.args.StandardSave(state.params, save_args=arrays.save_args(state.params)),
       state=ocp.args.StandardSave(state.replace(params=None)),
       data=SaveDataPositions(dict(data)),
       metadata=ocp.args.JsonSave(facts),
@@ -251,6 +247,7 @@ class Checkpointer:
       # What was just written from memory need not be read back.
       self._verified.add(self._pending)
       self._failure = None
+      self._failures.reset()
     self._pending = None
 
   def _agree_on_failure(self, error: Exception | None) -> None:
@@ -273,12 +270,11 @@ class Checkpointer:
       self._note(f'{PREFIX}_{step} could not be written ({type(error).__name__}: {error}).')
       return
     self._manager = self._open_manager()
-    good = sorted(set(self._manager.all_steps()) - self._damaged - {step})
-    newest = f'the newest whole one is {PREFIX}_{good[-1]}' if good else 'there is no older one'
+    good = set(self._manager.all_steps()) - self._damaged - {step}
     self._failure = CheckpointError(
-      f'{PREFIX}_{step} could not be written to {self._directory} '
-      f'({type(error).__name__}: {error}); {newest}. Make room or make the directory writable: '
-      'the next save tries again.'
+      f'{self._failures.another()}{PREFIX}_{step} could not be written to {self._directory} '
+      f'({type(error).__name__}: {error}); {how_far_back(step, good, PREFIX)}. Make room or make '
+      'the directory writable: the next save tries again.'
     )
     self._failure.exit_code = 64  # what is there is sound
     self._failure.__cause__ = error
@@ -373,9 +369,13 @@ class Checkpointer:
   def _read(self, step: int, **items: ocp.args.CheckpointArgs):
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OSError) as error:
+      # It was whole when it was checked, which need not last.
+      path, unread = self._path(step), error if isinstance(error, OSError) else None
+      if problem := unread or manifest.find_problem(path, step):
+        raise CheckpointError(f'{path} is damaged: {problem}') from error
       raise ConfigError(
-        f'{self._path(step)} holds another train state than this configuration makes (another '
+        f'{path} holds another train state than this configuration makes (another '
         f'optimizer, perhaps): {error}. Set another MODEL_DIR, or the former configuration.'
       ) from error
 

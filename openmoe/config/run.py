@@ -86,6 +86,9 @@ class TrainConfig:
     seed: of initialisation and dropout.
     eval_period, eval_steps: evaluate every eval_period steps on eval_steps batches; 0 is never.
     checkpoint_period, keep_checkpoints: save every so many steps, keep the newest so many.
+    checkpoint_minutes: save also every so many minutes; None for steps alone.
+    keep_every, keep_best: keep also those of every so many steps (None for no others), and so many
+      with the lowest validation loss, of those evaluated at their very step.
     log_period: steps between metric records.
     router_period: steps between per-layer, per-expert load records.
     allow_data_change: continue a checkpoint of another mixture or other lengths, with the new data
@@ -106,6 +109,9 @@ class TrainConfig:
   eval_steps: int = 20
   checkpoint_period: int = 1000
   keep_checkpoints: int = 5
+  checkpoint_minutes: float | None = None
+  keep_every: int | None = None
+  keep_best: int = 0
   log_period: int = 10
   router_period: int = 10
   allow_data_change: bool = False
@@ -116,5 +122,5 @@ class TrainConfig:
   sample_tokens: int = 48
 
   def __post_init__(self):
-    check_fields(self, zero=('seed', 'eval_period', 'eval_steps', 'sample_tokens'))
+    check_fields(self, zero=('seed', 'eval_period', 'eval_steps', 'sample_tokens', 'keep_best'))
     require(bool(self.model_dir), 'TrainConfig.model_dir is empty; set MODEL_DIR.')

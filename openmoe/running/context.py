@@ -13,6 +13,7 @@ from openmoe.observe.batches import BatchRecords
 from openmoe.observe.metrics import MetricsWriter
 from openmoe.observe.timeline import Timeline
 from openmoe.running.lease import Lease
+from openmoe.running.metadata import RunMetadata
 from openmoe.running.signals import Signals
 from openmoe.train_step import TrainState
 from openmoe.types import PyTree
@@ -38,7 +39,7 @@ class Running:
   feed: Feed
   evaluate: Callable[[PyTree], dict[str, float]] | None
   checkpointer: Checkpointer
-  describe: Callable[[int], dict]
+  describe: RunMetadata
   writer: MetricsWriter
   signals: Signals
   lease: Lease
@@ -50,3 +51,11 @@ class Running:
     """Time spent inside is of this phase, and no time of training."""
     with self.timeline.inside(phase, self.step), self.writer.paused():
       yield
+
+  def validate(self) -> dict[str, float]:
+    """Evaluates, and writes down what was found."""
+    with self.aside('evaluation'):
+      found = self.evaluate(self.state.params)
+      self.describe.validated(self.step, found)
+      self.writer.write(self.step, found, kind='validation')
+    return found

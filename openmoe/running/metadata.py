@@ -43,6 +43,7 @@ class RunMetadata:
       optimizer=description.optimizer_record(optimizer),
     )
     self._files: dict[str, dict[str, str]] = {}  # by stage
+    self._validated: tuple[int, dict[str, float]] = (-1, {})
     self.tokens_more = 0  # seen beyond what the programme says, with another batch size
 
   def keep_vocabulary(self) -> None:
@@ -54,6 +55,10 @@ class RunMetadata:
     """Counts tokens on from those that a checkpoint of `step` says it has seen."""
     if isinstance(tokens_seen, int) and not isinstance(tokens_seen, bool) and tokens_seen >= 0:
       self.tokens_more = tokens_seen - self._programme.tokens_before(step)
+
+  def validated(self, step: int, found: Mapping[str, float]) -> None:
+    """Notes what an evaluation of the state after `step` has found."""
+    self._validated = step, dict(found)
 
   def tokens_seen(self, step: int) -> int:
     """Positions trained on before `step`, in this start and all before it."""
@@ -72,7 +77,8 @@ class RunMetadata:
       objective='prefix' if 'inputs' in data.task_feature_lengths else 'causal',
       tokens_seen=self.tokens_seen(step),
     )
-    return {
+    validation = {'validation': self._validated[1]} if self._validated[0] == step else {}
+    return validation | {
       'tokens_seen': self.tokens_seen(step),
       'stage': stage.name,
       'mixture': data.mixture_or_task_name,
