@@ -30,6 +30,7 @@ import gin
 import jax
 from absl import flags
 
+from convert import starting
 from openmoe import train as train_lib
 from openmoe.data import stream
 from openmoe.observe.display import Sheltered
@@ -62,7 +63,8 @@ def main() -> int:
 
 
 def _train(arguments: dict) -> int:
-  result = train_lib.train(**arguments, config_text=gin.config_str())
+  run = starting.with_own_checkpoint(arguments['run'], arguments['model'])
+  result = train_lib.train(**(arguments | {'run': run}), config_text=gin.config_str())
   if result.end is train_lib.End.STOPPED:
     return EXIT_STOPPED
   if result.end is train_lib.End.DATA:
