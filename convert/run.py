@@ -24,6 +24,7 @@ from convert.core.tensors import DTYPES, ConvertError, Stored, digest
 from convert.formats.hf import HfSink
 from convert.formats.ours import OursSink
 from convert.formats.t5x import T5xSink
+from convert.formats.t5x_orbax import OrbaxSink
 from convert.logits import agreement, forward, seeded_tokens
 from convert.workplace import Job, Workplace
 from openmoe.checkpoint import safe_json
@@ -147,6 +148,12 @@ def convert(form: Form, kind: str, out: str, model: str | None, options: Options
     ConvertError, NamesError: nothing appears under the final name; the message says why.
   """
   config, target = sizes.of_form(form, model), SINKS[kind]
+  if options.orbax:
+    if kind != 't5x' or options.codec != 'zstd':
+      raise ConvertError(
+        '--orbax goes with --to t5x and --codec zstd alone; leave one of them out.'
+      )
+    target = OrbaxSink
   target.check_model(config)
   rows, shapes = list(name_table(config)), model_shapes(config)
   check_source(form, rows, shapes)
@@ -167,6 +174,8 @@ def convert(form: Form, kind: str, out: str, model: str | None, options: Options
     'tokenizer': [[f.name, digest(f.read_bytes().hex())] for f in options.tokenizer],
     'description': described.plain(),
   }
+  if options.orbax:
+    plan['target'] |= {'orbax': True}
   final = target.final_path(out, step)
   if (done := _already(final, plan)) is not None:
     return Result(final, len(done['tensors']), 0, 0.0, done)

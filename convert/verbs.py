@@ -74,6 +74,7 @@ def _convert(args: argparse.Namespace) -> int:
     optimizer=args.optimizer,
     max_shard=_size(getattr(args, 'max_shard', str(MAX_SHARD))),
     codec=getattr(args, 'codec', 'zstd'),
+    orbax=getattr(args, 'orbax', False),
     tokenizer=tokenizer_files(args.tokenizer) if getattr(args, 'tokenizer', None) else (),
     logits=not args.no_logits,
   )
@@ -194,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     if verb == 'export':
       sub.add_argument('--max_shard', default='5GB', help='size of Hugging Face weight files')
       sub.add_argument('--codec', choices=('zstd', 'gzip'), default='zstd', help='of t5x chunks')
+      sub.add_argument('--orbax', action='store_true', help="as t5x's present default writes")
       sub.add_argument('--tokenizer', help='folder with tokenizer files to put beside the weights')
     sub.set_defaults(run=_convert)
   for verb, run, paths, doc in (

@@ -64,9 +64,14 @@ def _context(cache_bytes: int) -> ts.Context:
 class ZarrStore:
   """The zarr arrays of one directory, each under its own name."""
 
-  def __init__(self, path: os.PathLike | str):
+  def __init__(self, path: os.PathLike | str, ocdbt: bool = False):
+    """Opens a directory.
+
+    Args:
+      ocdbt: its arrays lie, or are to lie, in one database; told by itself where there is one.
+    """
     self.path = epath.Path(path)
-    self._ocdbt = is_ocdbt(path)
+    self._ocdbt = ocdbt or is_ocdbt(path)
     self._context = _context(0)
 
   def _array(self, name: str) -> dict[str, Any]:
@@ -230,6 +235,8 @@ class ZarrStore:
         part.write(x.reshape(part.shape)).result()
 
     def sync() -> None:
+      if self._ocdbt:
+        return  # the whole database is synced when a conversion is complete
       # Chunks are named for their place, so those of a slice begin with its index.
       prefix = ''.join(f'{i}.' for i in index)
       for path in (self.path / name).iterdir():

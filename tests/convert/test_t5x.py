@@ -10,10 +10,12 @@ import tensorstore
 
 from convert import workplace
 from convert.core.names import name_table
+from convert.core.tensors import ConvertError
 from convert.run import Options, convert, find_form
 from openmoe.config import ModelConfig, MoEConfig
 from tests.convert import case
 from tests.parity import t5x as parity
+from tests.parity.t5x_train import read_by_orbax
 
 CONFIG = ModelConfig(
   name='golden',
@@ -122,6 +124,34 @@ def test_slots_lie_where_t5x_reads_them_from(golden, model, tmp_path, monkeypatc
   monkeypatch.setattr(workplace, 'move', real)
   again = convert(find_form(run.path), 't5x', tmp_path / 'again', None, options)
   assert case.contents(pathlib.Path(again.path)) == case.contents(pathlib.Path(back.path))
+
+
+def test_what_is_written_as_orbax_is_read_by_orbax(golden, model, tmp_path, monkeypatch):
+  options = Options(optimizer=True, logits=False, orbax=True)
+  run = convert(find_form(golden), 'ours', tmp_path / 'run', model, Options(optimizer=True))
+  real, done = workplace.move, []
+
+  def until_killed(job):
+    done.append(job)
+    return real(job) if len(done) < 60 else pytest.fail('killed')
+
+  monkeypatch.setattr(workplace, 'move', until_killed)
+  with pytest.raises(pytest.fail.Exception):
+    convert(find_form(run.path), 't5x', tmp_path / 'back', None, options)
+  monkeypatch.setattr(workplace, 'move', real)
+  back = convert(find_form(run.path), 't5x', tmp_path / 'back', None, options)
+  before, after = find_form(golden).tensors(), find_form(back.path).tensors()
+  assert before.keys() == after.keys()
+  theirs = read_by_orbax(pathlib.Path(back.path))
+  assert theirs.keys() == before.keys()
+  for path, stored in before.items():
+    x = stored.whole()
+    for found in (after[path].whole(), theirs[path]):
+      assert (found.dtype, found.shape) == (x.dtype, x.shape), path
+      np.testing.assert_array_equal(found, x, err_msg=path)
+  assert 'is sound' in case.cli('fsck', back.path, '--model', model)
+  with pytest.raises(ConvertError, match='--orbax goes with --to t5x'):
+    convert(find_form(run.path), 'hf', tmp_path / 'hf', None, Options(orbax=True))
 
 
 def test_what_t5x_saves_through_orbax_is_read(golden, model, tmp_path):

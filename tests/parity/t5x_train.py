@@ -141,8 +141,8 @@ def _relative(one: Form, other: Form) -> tuple[float, float]:
   return worst['target'], worst['state']
 
 
-def _read_mismatches(checkpoint: pathlib.Path) -> int:
-  """Tensors of what t5x saved that our reader and orbax's read otherwise."""
+def read_by_orbax(checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
+  """Every array of a t5x checkpoint, as orbax reads it."""
   import orbax.checkpoint
 
   reader = orbax.checkpoint.PyTreeCheckpointer()
@@ -162,6 +162,12 @@ def _read_mismatches(checkpoint: pathlib.Path) -> int:
       theirs[path] = np.asarray(node)
 
   walk(tree, '')
+  return theirs
+
+
+def _read_mismatches(checkpoint: pathlib.Path) -> int:
+  """Tensors of what t5x saved that our reader and orbax's read otherwise."""
+  theirs = read_by_orbax(checkpoint)
   ours = find_form(checkpoint).tensors()
   wrong = theirs.keys() ^ ours.keys()
   for path in theirs.keys() & ours.keys():
