@@ -225,7 +225,7 @@ class Options:
     optimizer: carry Adafactor's state along, between t5x and ours.
     max_shard: bytes of a Hugging Face weight file.
     codec: of t5x chunks, 'zstd' or 'gzip'.
-    orbax: writes t5x checkpoints as t5x's present default does; None of its codecs but zstd.
+    orbax: writes t5x checkpoints as t5x's present default does, with zstd.
     tokenizer: files to put into a Hugging Face folder.
     logits: compare logits of source and target on seeded tokens at the end.
   """
