@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import ml_dtypes
 import numpy as np
 
-from openmoe.checkpoint.paths import Unreadable, is_remote, open_regular, write_whole
+from openmoe.checkpoint.paths import LFS, Unreadable, is_remote, open_regular, write_whole
 
 PIECE = 8 << 20  # bytes handled at a time, unless a chunk or an expert is larger
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -223,12 +223,9 @@ def write_at(path: os.PathLike | str, offset: int, content: memoryview) -> None:
       content, offset = content[done:], offset + done
 
 
-_LFS = b'version https://git-lfs'
-
-
 def refuse_pointer(path: os.PathLike | str, first: bytes) -> None:
   """Raises ConvertError if a weight file begins as what git keeps in its place."""
-  if first.startswith(_LFS[: len(first)]) and len(first) >= 8:
+  if first.startswith(LFS[: len(first)]) and len(first) >= 8:
     raise ConvertError(
       f'{path} is a Git LFS pointer, not the file: run `git lfs pull` in its folder, or '
       'download it.'

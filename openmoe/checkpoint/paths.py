@@ -15,6 +15,7 @@ from etils import epath
 
 PREFIX = 'checkpoint'
 PARTIAL = '.partial'  # what an unfinished file's name ends with
+LFS = b'version https://git-lfs.github.com/spec/'  # how a file begins that git-lfs did not fetch
 
 
 class Unreadable(ValueError):
@@ -82,7 +83,7 @@ def read_small(path: os.PathLike | str, limit: int) -> bytes:
   """A whole file of at most `limit` bytes.
 
   Raises:
-    Unreadable: it is larger, or no regular file.
+    Unreadable: it is larger, no regular file, or a pointer in the place of one.
     OSError: it cannot be read.
   """
   parts, left = [], limit + 1
@@ -92,7 +93,13 @@ def read_small(path: os.PathLike | str, limit: int) -> bytes:
       left -= len(part)
   if not left:
     raise Unreadable(f'{os.fspath(path)} is larger than {limit} bytes; no such file needs more.')
-  return b''.join(parts)
+  content = b''.join(parts)
+  if content.startswith(LFS):
+    raise Unreadable(
+      f'{os.fspath(path)} is a Git LFS pointer, not the file: `git lfs pull` in its folder, or '
+      'download it.'
+    )
+  return content
 
 
 def write_whole(path: os.PathLike | str, content: bytes, *, sync: bool = False) -> None:

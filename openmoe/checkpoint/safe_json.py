@@ -78,6 +78,11 @@ def parse(content: bytes, where: str, kind: type = dict, *, once: bool = False) 
   Raises:
     Unreadable: it is no JSON in UTF-8, too deep, of too many parts, or of another kind.
   """
+  content = content.removeprefix(b'\xef\xbb\xbf')  # as editors on Windows put it there
+  if not content.strip():
+    raise Unreadable(f'{where} is empty: copying or downloading it failed; get it again.')
+  if content.lstrip().startswith(b'<'):
+    raise Unreadable(f'{where} is a web page and no JSON, as of an error; download it again.')
   if content.count(b'[') + content.count(b'{') > CONTAINERS:
     raise Unreadable(f'{where} has more than {CONTAINERS} lists and objects.')
 
@@ -92,9 +97,11 @@ def parse(content: bytes, where: str, kind: type = dict, *, once: bool = False) 
   try:
     value = loads(content.decode('utf-8'), unique if once else None)
   except UnicodeDecodeError as error:
-    raise Unreadable(f'{where} is no JSON: {error}.') from error
+    raise Unreadable(
+      f'{where} is no JSON in UTF-8 (byte {error.start + 1}); get it again, or save it as UTF-8.'
+    ) from error
   except JsonError as error:
-    raise Unreadable(f'{where} is no JSON: {error}{error.position}.') from error
+    raise Unreadable(f'{where} is no JSON: {error}{error.position}; get it again.') from error
   _check_depth_and_text(value, where)
   if not isinstance(value, kind):
     raise Unreadable(f'{where} holds {_name(type(value))}; {_name(kind)} belongs there.')

@@ -64,7 +64,8 @@ class Classifier:
     """float32 [texts, classes].
 
     Raises:
-      ConfigError: batch_rows is less than 1, or a token is not the model's.
+      ConfigError: batch_rows is less than 1, a token is not the model's, or the model gives no
+        numbers, of which the first class would always be the largest.
     """
     if batch_rows < 1:
       raise ConfigError(f'batch_size={batch_rows} must be at least 1; --batch_size sets it.')
@@ -75,6 +76,12 @@ class Classifier:
       chosen = order[start : start + batch_rows]
       batch = make_batch([rows[i] for i in chosen], batch_rows, self.max_length)
       logits[chosen] = self._run(self.params, batch).logits_bY[: len(chosen)]
+    if not np.isfinite(logits).all():
+      wrong = int(np.argmin(np.isfinite(logits).all(axis=1)))
+      raise ConfigError(
+        f'{self.config.name} gives text {wrong + 1} logits that are not finite: its weights are '
+        'not those of a model that works; train it again, or copy it again.'
+      )
     return logits
 
   def probabilities(self, texts: Sequence[str], batch_rows: int = 16) -> np.ndarray:

@@ -25,7 +25,6 @@ MOST_BYTES = 1 << 31  # of a file that is read as a whole, decompressed
 LONGEST_LINE = 1 << 28  # bytes
 _BOM = b'\xef\xbb\xbf'
 _UTF16 = (b'\xff\xfe', b'\xfe\xff')
-_LFS = b'version https://git-lfs.github.com/spec/'
 
 Path = str | os.PathLike
 
@@ -98,9 +97,9 @@ def opened(path: Path) -> Iterator[_Reader]:
   with contextlib.ExitStack() as stack:
     file = stack.enter_context(_open(path))
     with reading(path):
-      head = file.read(len(_LFS))
+      head = file.read(len(paths.LFS))
       file.seek(0)
-    if head == _LFS:
+    if head == paths.LFS:
       raise DamagedFile(
         f'{path} is a Git LFS pointer, not the file: `git lfs pull` in its folder, or download it.'
       )

@@ -112,7 +112,13 @@ class Adapter:
     text = self.model.chat_template.text(chat_history, add_generation_prompt)
     if not add_generation_prompt:
       last = chat_history[-1]['content']
-      text = text[: text.rindex(last) + len(last)]
+      end = text.rfind(last)
+      if end < 0:
+        raise ConfigError(
+          f'The chat template {self.model.chat_template.name} changes the message {last[:80]!r}, '
+          'which is to be continued; leave --apply_chat_template out.'
+        )
+      text = text[: end + len(last)]
     return text
 
   def _encode(self, text: str) -> list[int]:

@@ -193,13 +193,16 @@ def byte_tokenizer(extra_ids: int, eos_id: int) -> TextTokenizer:
 def _from_model(
   content: bytes, where: str, eos_id: int | None, extra_ids: int, added: Mapping[str, int] | None
 ) -> TextTokenizer:
-  source = Source('sentencepiece', content, extra_ids)
+  source, given = Source('sentencepiece', content, extra_ids), content
   try:
     if extra_ids:
       content = _with_sentinels(content, extra_ids)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
   except (RuntimeError, ValueError) as error:
-    raise ConfigError(f'{where} is not a SentencePiece model: {error}') from error
+    raise ConfigError(
+      f'{where} is not a SentencePiece model ({len(given):,} bytes, beginning {given[:24]!r}): '
+      f'{error}; download it again.'
+    ) from error
   eos = pieces.eos_id() if eos_id is None else eos_id
   size = pieces.get_piece_size()
   if not size:

@@ -57,7 +57,10 @@ def test_a_write_that_fails_leaves_the_former_content_and_nothing_else(tmp_path,
     (b'{"a":' * 100 + b'1' + b'}' * 100, 'nested deeper than 64 levels'),
     (b'{"a": [' + b'[],' * (3 << 20) + b'[]]}', 'lists and objects'),
     (b'\xff{}', 'is no JSON'),
-    (b'{', 'is no JSON'),
+    (b'{', 'is no JSON: .* at line 1 column 2; get it again'),
+    (b' \n', 'is empty'),
+    (b'<!DOCTYPE html>', 'is a web page'),
+    ('{}'.encode('utf-16'), 'no JSON in UTF-8'),
     (b'{"a": ' + b'9' * 5000 + b'}', 'is no JSON'),
     (b'{"\\ud800": 1}', 'no valid text'),
     (b'{"a": ["x\\ud800"]}', 'no valid text'),
@@ -66,6 +69,18 @@ def test_a_write_that_fails_leaves_the_former_content_and_nothing_else(tmp_path,
 def test_json_that_would_hurt_later_is_refused(content, said):
   with pytest.raises(Unreadable, match=said):
     safe_json.parse(content, 'file')
+
+
+def test_a_mark_of_byte_order_is_no_part_of_a_text():
+  assert safe_json.parse(b'\xef\xbb\xbf{"a": 1}', 'file') == {'a': 1}
+
+
+def test_a_pointer_in_the_place_of_a_file_is_told(tmp_path):
+  path = tmp_path / 'config.json'
+  path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n')
+  for read in (safe_json.read, lambda p: paths.read_small(p, 1 << 20)):
+    with pytest.raises(Unreadable, match=r'config\.json is a Git LFS pointer.*git lfs pull'):
+      read(path)
 
 
 def test_doubled_names_are_found_in_one_pass():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -245,3 +246,12 @@ def test_scores_of_guesses():
   assert score([0, 0, 1, 1, 2], [0, 1, 1, 1, 0]).accuracy == pytest.approx(0.6)
   assert score([0, 0, 1, 1, 2], [0, 1, 1, 1, 0]).macro_f1 == pytest.approx((1 / 2 + 4 / 5) / 3)
   assert score([0, 0], [0, 0]).macro_f1 == 1.0
+
+
+def test_weights_that_are_no_numbers_give_no_class(untrained):
+  broken = dataclasses.replace(untrained)
+  broken.__dict__['_run'] = lambda params, batch: SimpleNamespace(
+    logits_bY=np.where(np.arange(16)[:, None] == 1, np.nan, np.zeros((16, len(untrained.labels))))
+  )
+  with pytest.raises(ConfigError, match='gives text 3 logits that are not finite: its weights'):
+    broken.probabilities(['a', 'b b b', 'c'])

@@ -159,6 +159,15 @@ def test_an_unfinished_answer_is_continued(adapter):
   adapter._chats = False
 
 
+def test_a_template_that_changes_what_is_to_be_continued_is_refused(adapter, monkeypatch):
+  louder = chat.ChatTemplate('louder', lambda messages, _: messages[-1]['content'].upper())
+  monkeypatch.setattr(adapter.model, 'chat_template', louder)
+  messages = [{'role': 'user', 'content': 'Q'}, {'role': 'assistant', 'content': 'A is'}]
+  with pytest.raises(ConfigError, match="louder changes the message 'A is'"):
+    adapter.apply_chat_template(messages, add_generation_prompt=False)
+  adapter._chats = False
+
+
 def test_the_harness_runs_a_task_file(tmp_path):
   """arc_easy as it ships, on rows that lie on disk."""
   lm_eval = pytest.importorskip('lm_eval')
