@@ -140,3 +140,16 @@ def test_wrong_arguments_are_usage_errors(capsys):
       parser.parse_args(wrong)
     assert stop.value.code == 64
     assert 'error: ' in capsys.readouterr().err
+
+
+def test_what_comes_back_to_a_loop_that_is_gone_is_not_told():
+  code = (
+    'from openmoe.observe import command\ncommand.prepare("__main__")\n'
+    'class Raises:\n  def __init__(self, text): self.text = text\n'
+    '  def __del__(self): raise RuntimeError(self.text)\n'
+    'for text in ("Event loop is closed", "something else"): Raises(text)\n'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True
+  )
+  assert 'something else' in done.stderr and 'Event loop' not in done.stderr

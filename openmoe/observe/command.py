@@ -46,7 +46,7 @@ def prepare(name: str) -> None:
   """
   if name != '__main__':
     return
-  sys.excepthook = _excepthook
+  sys.excepthook, sys.unraisablehook = _excepthook, _unraisablehook
   if sys.stdin is None:
     sys.stdin = open(os.devnull, encoding='utf-8')  # noqa: SIM115 (until the process ends)
   for stream in ('stdout', 'stderr'):
@@ -60,6 +60,12 @@ def _excepthook(kind, error, traceback) -> None:
   if issubclass(kind, KeyboardInterrupt):
     raise SystemExit(_interrupted())
   sys.__excepthook__(kind, error, traceback)
+
+
+def _unraisablehook(unraisable) -> None:
+  # Writes of a save that has failed, and was told of, come back to a loop that is gone.
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(unraisable)
 
 
 def guarded(main: Callable[..., int | None]) -> Callable[..., int]:
