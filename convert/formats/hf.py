@@ -357,7 +357,8 @@ def tokenizer_files(folder: os.PathLike | str) -> list[pathlib.Path]:
   """Files of a tokenizer in a folder: regular files of known names, that lie there themselves.
 
   Raises:
-    ConvertError: there are none, or one is a link that leads out of the folder.
+    ConvertError: there are none, one is a link that leads out of the folder, or one names code that
+      whoever loads the folder would run.
   """
   root = pathlib.Path(folder)
   if not root.is_dir():
@@ -374,6 +375,16 @@ def tokenizer_files(folder: os.PathLike | str) -> list[pathlib.Path]:
       )
     if not (file.exists() and stat.S_ISREG(file.stat().st_mode)):
       raise ConvertError(f'--tokenizer: {file} is no file.')
+    if file.name == 'tokenizer_config.json':
+      try:
+        code = safe_json.read(file).get('auto_map')
+      except (OSError, Unreadable) as error:
+        raise ConvertError(f'--tokenizer: {error}') from error
+      if code is not None:
+        raise ConvertError(
+          f'--tokenizer: {file} has auto_map={code!r:.80}, code of somebody that runs where the '
+          'export is loaded; remove that field, or give a tokenizer without code.'
+        )
   return found
 
 

@@ -278,6 +278,15 @@ def test_a_memo_index_makes_no_room():
 # --- what goes into an export
 
 
+def test_a_tokenizer_that_names_code_of_others_is_refused(tmp_path):
+  path = tmp_path / 'tokenizer_config.json'
+  path.write_text('{"auto_map": {"AutoTokenizer": ["evil-repo--tok.Tok", null]}}')
+  with pytest.raises(ConvertError, match=r'auto_map=.*evil-repo.*remove that field'):
+    tokenizer_files(tmp_path)
+  path.write_text('{"tokenizer_class": "T5Tokenizer"}')
+  assert tokenizer_files(tmp_path) == [path]
+
+
 def test_links_out_of_the_tokenizers_folder_are_refused(tmp_path):
   (tmp_path / 'secret').write_text('secret')
   folder = tmp_path / 'tokenizer'
