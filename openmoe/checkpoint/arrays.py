@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,9 +24,21 @@ from openmoe.types import PyTree
 LARGEST_CHUNK = 256 << 20  # bytes of a parameter that are compressed together
 
 
-def is_not_told_twice(record: logging.LogRecord) -> bool:
-  """False for tracebacks that orbax logs: what it raises then is told by whoever called it."""
-  return not (record.exc_info and f'{os.sep}orbax{os.sep}' in record.pathname)
+def tell_once() -> None:
+  """Leaves tracebacks of orbax out of the logs: what it raises is told by whoever called it.
+
+  It logs them itself, and asyncio logs those of writes that nobody waits for after another failed.
+  """
+  for name in ('absl', 'asyncio'):
+    logging.getLogger(name).addFilter(_is_not_of_orbax)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+  if not record.exc_info:
+    return True
+  frames = traceback.extract_tb(record.exc_info[2])
+  places = [record.pathname, *(frame.filename for frame in frames)]
+  return not any(f'{os.sep}orbax{os.sep}' in place for place in places)
 
 
 class ArraysHandler(ocp.StandardCheckpointHandler):

@@ -121,7 +121,7 @@ class Checkpointer:
       save_root_metadata=False,
       async_options=asynchronous,
     )
-    logging.get_absl_logger().addFilter(arrays.is_not_told_twice)
+    arrays.tell_once()
     verbosity = logging.get_verbosity()
     if self._read_only:
       logging.set_verbosity(logging.ERROR)  # orbax warns that what was asked for will be done

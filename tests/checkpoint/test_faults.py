@@ -277,3 +277,10 @@ def test_what_orbax_raises_is_told_once(open_dir, caplog):
       error = (OSError, OSError('disk full'), None)
       told.handle(told.makeRecord('absl', logging.ERROR, where, 1, 'save failed', (), error))
   assert [record.pathname for record in caplog.records] == ['/lib/other/manager.py']
+  caplog.clear()
+  for where in ('/lib/orbax/checkpoint/path.py', '/lib/other/path.py'):
+    try:
+      exec(compile('raise OSError("disk full")', where, 'exec'))
+    except OSError:
+      logging.getLogger('asyncio').exception(where)  # as of a future that nobody waits for
+  assert [record.message for record in caplog.records] == ['/lib/other/path.py']
