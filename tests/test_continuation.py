@@ -41,6 +41,7 @@ REFUSED = [
   ({}, {'top_k': 1}, r'moe\.top_k is 2 there and 1 here'),
   ({}, {'router_order': 'top_k_softmax'}, r'moe\.router_order'),
   ({}, {'capacity_factor': 3.0}, r'moe\.capacity_factor'),
+  ({}, {'balance_loss': 'loss_free'}, r"moe\.balance_loss is 'st_moe' there and 'loss_free'"),
   ({}, {'dispatch': 'dropless'}, r"moe\.dispatch is 'scatter' there and 'dropless' here"),
 ]
 

@@ -203,8 +203,13 @@ def name_table(config: ModelConfig) -> Iterator[Row]:
   """Every foreign tensor of a language model, in layer order.
 
   Raises:
-    NamesError: it has more layers than any model has.
+    NamesError: it has more layers than any model has, or parameters that no other form has.
   """
+  if config.moe and config.moe.balance_loss == 'loss_free':
+    raise NamesError(
+      f'{config.name}: balance_loss=loss_free gives every router a bias, for which t5x and Hugging '
+      'Face have no name; such a model stays a run of ours.'
+    )
   if config.num_layers > MOST_LAYERS:  # before a million names are made
     raise NamesError(
       f'{config.name} has {config.num_layers} layers; at most {MOST_LAYERS} are read.'

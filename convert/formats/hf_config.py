@@ -55,6 +55,7 @@ _MOE = {
   'router_aux_loss_factor': 'load_balance_weight',
   'router_z_loss_factor': 'router_z_weight',
   'router_loss': 'router_loss',
+  'router_balance_loss': 'balance_loss',
   'router_init_std': 'router_init_std',
   'router_order': 'router_order',
   'trained_router_capacity': 'capacity_convention',

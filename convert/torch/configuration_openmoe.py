@@ -34,6 +34,8 @@ class OpenMoeConfig(PreTrainedConfig):
       router z-loss and logit z-loss.
     router_loss: 'mean' over sparse layers, or 'sum', whose load balance is 1 and not top-k for a
       balanced layer.
+    router_balance_loss: formula of load balance that the model was trained with; this model trains
+      with 'st_moe' alone.
     router_init_std: standard deviation of a new router.
     label_smoothing: of the cross-entropy.
     output_router_logits: return router logits with the other outputs.
@@ -73,6 +75,7 @@ class OpenMoeConfig(PreTrainedConfig):
   router_aux_loss_factor: float = 0.01
   router_z_loss_factor: float = 1e-4
   router_loss: str = 'mean'
+  router_balance_loss: str = 'st_moe'
   router_init_std: float = 0.02
   z_loss_factor: float = 1e-4
   label_smoothing: float = 0.0

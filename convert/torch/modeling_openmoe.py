@@ -385,6 +385,11 @@ class OpenMoeForCausalLM(OpenMoePreTrainedModel, GenerationMixin):
     loss = (summed + config.z_loss_factor * z) / count
     losses = {'cross_entropy': summed / count, 'logit_z_loss': z / count}
     if out.router_logits:
+      if config.router_balance_loss != 'st_moe':
+        raise ValueError(
+          f'router_balance_loss={config.router_balance_loss!r} is not computed here; set it to '
+          "'st_moe' in the configuration, whose weight is another."
+        )
       balance, router_z = router_losses(
         out.router_logits, out.token_mask, config.router_topk, config.router_loss
       )

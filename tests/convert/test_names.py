@@ -1,5 +1,7 @@
 """The name table against the shapes of the model and the counts of the published sizes."""
 
+import dataclasses
+
 import flax.traverse_util
 import pytest
 
@@ -10,6 +12,7 @@ from convert.core.tensors import ConvertError
 from convert.formats.zarrays import kvstore
 from openmoe.checkpoint.description import model_fields
 from openmoe.models import abstract_params
+from tests.convert import case
 
 
 def _ours(config):
@@ -72,3 +75,9 @@ def test_paths_of_object_stores():
   assert kvstore('/a/b') == {'driver': 'file', 'path': '/a/b/'}
   with pytest.raises(ConvertError, match='not ftp://'):
     kvstore('ftp://a/b')
+
+
+def test_routers_with_a_bias_have_no_names_elsewhere():
+  moe = dataclasses.replace(case.CONFIG.moe, balance_loss='loss_free')
+  with pytest.raises(NamesError, match='tiny: balance_loss=loss_free gives every router a bias'):
+    name_table(dataclasses.replace(case.CONFIG, moe=moe))

@@ -168,6 +168,14 @@ def test_router_losses_at_perfect_balance():
   close(z, torch.log(torch.tensor(4.0)) ** 2, 1e-5)
 
 
+def test_another_balance_loss_is_not_computed_under_this_name():
+  x = tokens(1, 6)
+  model = tiny(router_balance_loss='switch')
+  assert model(x).loss is None
+  with pytest.raises(ValueError, match="router_balance_loss='switch' is not computed here"):
+    model(x, labels=x)
+
+
 def test_row_0_of_the_embedding_trains():
   model = tiny()
   model.zero_grad()
