@@ -60,7 +60,8 @@ class Moment:
   @property
   def lost(self) -> int | None:
     """Steps that were done and are done again."""
-    return None if self.resumed_at is None else self.at_step - self.resumed_at
+    # A stopped run finishes its step, which was not counted yet.
+    return None if self.resumed_at is None else max(0, self.at_step - self.resumed_at)
 
 
 def draw(

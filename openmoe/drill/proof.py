@@ -70,7 +70,7 @@ class Board:
 
   def resumed(self, moment: Moment) -> None:
     """Where the start after a kill went on."""
-    row = next(r for r in reversed(self._rows) if r[3].startswith('SIG') and not r[4])
+    row = next(r for r in self._rows if r[3].startswith('SIG') and not r[4])
     row[4:] = [str(moment.resumed_at), str(moment.lost)]
     if not self._live:
       text = f'  resumed at step {moment.resumed_at}, {moment.lost} steps lost'

@@ -258,27 +258,26 @@ def test_a_start_that_fails_by_itself_fails_the_drill(tmp_path):
 # --- the command
 
 
-def drill_command(folder: pathlib.Path, *more: str) -> list[str]:
+def small_run() -> list[str]:
+  """Arguments of scripts.train for a small run on the corpus of the tests."""
   files = ('models/openmoe_tiny', 'runs/pretrain', 'mixtures/text_files')
-  values = ('TRAIN_STEPS=24', 'BATCH_SIZE=8', 'DATA_SHARDS=1', 'EVAL_PERIOD=0')
+  values = ('TRAIN_STEPS=30', 'BATCH_SIZE=8', 'DATA_SHARDS=1', 'EVAL_PERIOD=0')
   own = {
     'TEXT_FILES': str(corpus() / 'text.jsonl'),
     'MIXTURE_OR_TASK_NAME': 'text_files_full_lm',
     'text_files.UserFiles.vocabulary': str(corpus() / 'vocabulary.model'),
   }
   return [
-    *(sys.executable, '-m', 'scripts.drill', f'--directory={folder}'),
     *(f'--gin_file=gin/{name}.gin' for name in files),
     *(f'--gin.{value}' for value in (*values, "TASK_FEATURE_LENGTHS={'targets': 32}")),
     *(f'--gin.{name}={value!r}' for name, value in own.items()),
-    *more,
   ]
 
 
-def run_drill(folder: pathlib.Path, *more: str, devices=1) -> dict:
-  given = os.environ['XLA_FLAGS'].replace('device_count=8', f'device_count={devices}')
+def run_drill(folder: pathlib.Path, *more: str) -> dict:
+  given = os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=1')
   done = subprocess.run(
-    drill_command(folder, *more),
+    [sys.executable, '-m', 'scripts.drill', f'--directory={folder}', *small_run(), *more],
     cwd=ROOT,
     env=os.environ | {'XLA_FLAGS': given},
     capture_output=True,
