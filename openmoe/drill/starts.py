@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from openmoe.config import ConfigError, MeshConfig
 from openmoe.drill.moments import Moment, Watcher
 
-PATIENCE = 900.0  # seconds that a start may last
+PATIENCE = 3600.0  # seconds that a start may last, on a very busy machine
 STOPPED, ALONE = 75, 69  # exit codes of scripts.train: stopped by a signal; another process is gone
 _POLL = 0.004  # seconds
 _DEVICES = re.compile(r'--xla_force_host_platform_device_count=\d+')
