@@ -39,6 +39,7 @@ from openmoe.config import Architecture, ConfigError, ModelConfig
 from openmoe.inference import chat
 from openmoe.inference.model import LanguageModel
 from openmoe.inference.placement import cast, expert_form, inference_mesh
+from openmoe.inference.routing import routed
 from openmoe.inference.tokenizer import TextTokenizer, byte_tokenizer, read_tokenizer
 from openmoe.models import abstract_params
 from openmoe.models.decoding import unstack
@@ -61,6 +62,7 @@ def load(
   num_expert_partitions: int = 1,
   batch_rows: int = 16,
   devices: Sequence[jax.Device] | None = None,
+  routing: str = '',
 ) -> LanguageModel:
   """A model on all devices, or on those given.
 
@@ -75,6 +77,7 @@ def load(
     capacity: route as in training, with drops; see decode.inference_config.
     num_model_partitions, num_expert_partitions: see placement.inference_mesh.
     batch_rows: rows of a batch at most.
+    routing: what is done to the decisions of routers; see openmoe.inference.routing.
 
   Raises:
     ConfigError: there is no such checkpoint, its model or vocabulary is not known, or a value is
@@ -92,7 +95,7 @@ def load(
     config, devices or jax.devices(), num_model_partitions, num_expert_partitions
   )
   params = _placed(found.params(config, mesh), config, mesh, expert_form(config, mesh, capacity))
-  return LanguageModel(
+  model = LanguageModel(
     config,
     params,
     found.vocabulary,
@@ -107,6 +110,7 @@ def load(
     eos_ids=told.eos_ids,
     step=found.step,
   )
+  return routed(model, routing)
 
 
 def provenance(checkpoint: str) -> dict[str, int | None]:

@@ -4,6 +4,7 @@ Converts checkpoints between t5x, Hugging Face and ours, and checks them.
 
   python -m convert import --from {t5x,hf} --model M IN OUT     to ours; OUT is a run directory
   python -m convert export --to {t5x,hf} --model M IN OUT       from ours
+  python -m convert series SOURCE... OUT                        every checkpoint, OUT/stepN-tokensMB
   python -m convert verify A B                                  every tensor, logits, routing
   python -m convert inspect X                                   tree, shapes, bytes, step
   python -m convert diff A B                                    what training changed
@@ -134,6 +135,26 @@ def _verify(args: argparse.Namespace) -> int:
   return EXIT_FAILED if problems else 0
 
 
+def _series(args: argparse.Namespace) -> int:
+  from convert.series import convert_series
+
+  files = tokenizer_files(args.tokenizer) if args.tokenizer else ()
+  options = Options(args.dtype, tokenizer=files, logits=not args.no_logits)
+  *sources, out = args.paths
+  if not sources:
+    raise ConfigError('series takes sources and, behind them, the folder of the series.')
+  made = []
+  for name, result in convert_series(
+    sources, args.kind, out, args.model, options, args.tokens_per_step
+  ):
+    made.append({'name': name, 'path': str(result.path), 'bytes': result.nbytes})
+    if not args.json:
+      _say(f'{name}: {_bytes(result.nbytes) if result.nbytes else "complete already"}')
+  if args.json:
+    print(json.dumps(made))
+  return 0
+
+
 def _classifier(args: argparse.Namespace) -> int:
   from convert import classifier  # opens tokenizers and a model, which nothing else here needs
 
@@ -198,6 +219,14 @@ def _parser() -> argparse.ArgumentParser:
       sub.add_argument('--orbax', action='store_true', help="as t5x's present default writes")
       sub.add_argument('--tokenizer', help='folder with tokenizer files to put beside the weights')
     sub.set_defaults(run=_convert)
+  sub = verbs.add_parser('series', doc='Makes stepN-tokensMB of every checkpoint of a run.')
+  sub.add_argument('paths', nargs='+', metavar='SOURCE... OUT')
+  sub.add_argument('--to', dest='kind', choices=('t5x', 'hf'), default='hf')
+  sub.add_argument('--dtype', choices=('float32', 'bfloat16'), help="default: the source's")
+  sub.add_argument('--tokens_per_step', type=int, help='where a checkpoint does not tell')
+  sub.add_argument('--tokenizer', help='folder with tokenizer files to put beside the weights')
+  sub.add_argument('--no_logits', action='store_true', help='leave out the comparison of logits')
+  sub.set_defaults(run=_series)
   for verb, run, paths, doc in (
     ('verify', _verify, ('a', 'b'), 'Compares every tensor, logits and routing.'),
     ('inspect', _inspect, ('path',), 'Shows tree, shapes, bytes and step.'),

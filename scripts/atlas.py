@@ -6,6 +6,8 @@
       pages, pictures and tables of a record, or of the checkpoints of a run
   compare FOLDER FOLDER --out=PAGES
       two records of the same tokens
+  intervene --checkpoint=RUN --data=... --variant='ban=mlp.3:0,5' --out=PAGES
+      what a change of the decisions costs; --replay=FOLDER follows a record
   losses [--experts=32 --top_k=2 --layers=4]
       balance losses of other systems, and what a weight of theirs is in ours
   check FOLDER...
@@ -32,7 +34,7 @@ from openmoe.atlas.counts import Study
 from openmoe.atlas.record import Record
 from openmoe.layers.moe import balance
 from openmoe.observe.text import visible
-from scripts import atlas_models
+from scripts import atlas_interventions, atlas_models
 
 
 def check(args) -> int:
@@ -78,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
   parser = command.Parser(__doc__)
   verbs = parser.add_subparsers(required=True, metavar='VERB')
   atlas_models.add_record(verbs.add_parser('record', help='of a checkpoint'))
+  atlas_interventions.add_intervene(verbs.add_parser('intervene', help='change the decisions'))
   sub = verbs.add_parser('analyse', help='pages of records')
   sub.add_argument('records', nargs='+', metavar='FOLDER')
   sub.add_argument('--out', required=True, help='folder of the pages')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from openmoe.atlas.forward import Calls
 from openmoe.inference.model import LanguageModel
@@ -34,6 +35,11 @@ def calls_of(args: argparse.Namespace) -> Calls:
 
 
 def open_model(args: argparse.Namespace) -> LanguageModel:
+  """The checkpoint, by this project or by transformers."""
+  if getattr(args, 'transformers', False):
+    from openmoe.atlas.transformers_models import TransformersModel
+
+    return TransformersModel.open(args.checkpoint, args.vocabulary, args.dtype)
   from convert.open import load
 
   options = {'vocabulary': args.vocabulary, 'model': args.model, 'dtype': args.dtype}
@@ -45,6 +51,8 @@ def add_record(parser: argparse.ArgumentParser) -> None:
   add_model(parser)
   add_data(parser)
   parser.add_argument('--out', required=True, help='folder of the record')
+  parser.add_argument('--series', action='store_true', help='every checkpoint of a run or series')
+  parser.add_argument('--transformers', action='store_true', help='open it with transformers')
   parser.add_argument('--no_probs', action='store_true', help='leave all probabilities out')
   parser.set_defaults(run=record)
 
@@ -58,26 +66,43 @@ def show(progress) -> None:
 
 
 def record(args: argparse.Namespace) -> int:
-  """Records a checkpoint."""
-  from convert.open import provenance
+  """Records a checkpoint, or all of a series."""
+  if not args.series:
+    return _record(args, args.checkpoint, args.out)
+  from convert.series import checkpoints
+
+  for path in checkpoints(args.checkpoint):
+    _record(args, str(path), f'{args.out}/{path.name}')
+  return 0
+
+
+def _record(args: argparse.Namespace, checkpoint: str, out: str) -> int:
   from openmoe.atlas import recording
   from openmoe.atlas.sources import encoded
   from openmoe.evaluation.run import tokenizer_digest
 
+  args = argparse.Namespace(**vars(args) | {'checkpoint': checkpoint})
   model = open_model(args)
-  about = provenance(args.checkpoint) | {'tokenizer': tokenizer_digest(model.vocabulary)}
+  about: dict[str, Any] = {'tokenizer': tokenizer_digest(model.vocabulary)}
   about['sources'] = ' '.join([*args.data, args.task or '', args.questions or '']).strip()
-  count = sum(1 for _ in texts_of(args, model)) if args.max_tokens is None else None
-  writer = recording.record(
-    model,
-    encoded(model, texts_of(args, model)),
-    args.out,
-    calls_of(args),
-    about=about,
-    probs=False if args.no_probs else None,
-    most_tokens=args.max_tokens,
-    count=count,
-    show=show,
-  )
-  print(f'\n{args.out}: {writer.tokens:,} tokens of {writer.documents:,} documents')
+  limits = {
+    'most_tokens': args.max_tokens,
+    'count': sum(1 for _ in texts_of(args, model)) if args.max_tokens is None else None,
+    'show': show,
+  }
+  documents, probs = encoded(model, texts_of(args, model)), not args.no_probs
+  if args.transformers:
+    from openmoe.atlas import transformers_models
+
+    writer = transformers_models.record(
+      model, documents, out, args.length, about=about, probs=probs, **limits
+    )
+  else:
+    from convert.open import provenance
+
+    about |= provenance(checkpoint)
+    writer = recording.record(
+      model, documents, out, calls_of(args), about=about, probs=probs and None, **limits
+    )
+  print(f'\n{out}: {writer.tokens:,} tokens of {writer.documents:,} documents')
   return 0

@@ -50,6 +50,7 @@ def load_model(config: evaluate_lib.EvaluationConfig) -> evaluate_lib.Model:
     max_length=config.max_length,
     vocabulary=config.vocabulary,
     model=config.model,
+    routing=config.routing,
   )
   if config.model:
     check_sizes(model.config, config.model, config.checkpoint)

@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     capacity=args.capacity,
     num_model_partitions=args.num_model_partitions,
     num_expert_partitions=args.num_expert_partitions,
+    routing=args.routing,
   )
   if not prompts:
     console.talk(model, asking)
@@ -83,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--capacity', action='store_true', help='route as in training, with drops')
   parser.add_argument('--num_model_partitions', type=int, help='default: what fits')
   parser.add_argument('--num_expert_partitions', type=int, default=1, help='of the expert axis')
+  parser.add_argument('--routing', default='', help="such as 'ban=mlp.3:0,5'; docs/ROUTING.md")
   parser.add_argument('--prompts_file', help='a prompt a line, in UTF-8')
   parser.add_argument('--max_new_tokens', type=int, default=64, help='at most so many')
   parser.add_argument('--stop', action='append', default=[], help='ends a continuation; repeat')

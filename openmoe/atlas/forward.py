@@ -251,7 +251,9 @@ class Forward:
     self._model, self._calls = model, calls
     self.config = call_config(model, calls)
     self._params = {n: leaf for n, leaf in model.params.items() if n != OVERRIDE}
-    self._override = model.params.get(OVERRIDE)
+    routers, moe = len(routers_of(self.config)), self.config.moe
+    self._override = model.params.get(OVERRIDE) or Override.none(routers, moe.num_experts)
+    self._nothing = (routers, 1, 1, moe.top_k)
     with_attention &= model.config.architecture is Architecture.JETMOE
     self._options = {'with_probs': with_probs, 'with_attention': with_attention}
     self.rows = calls.rows
@@ -277,15 +279,12 @@ class Forward:
     lengths = np.zeros(self.rows, np.int32)
     for i, row in enumerate(rows):
       tokens[i, : len(row)], lengths[i] = row, len(row)
-    override = self._override
-    if replay is not None:
-      override = override or Override.none(
-        len(routers_of(self.config)), self.config.moe.num_experts
-      )
-      override = override.replace(
-        replay_RNk=_flat(replay[0], self.rows, length, -1).astype(np.int32),
-        weights_RNk=None if replay[1] is None else _flat(replay[1], self.rows, length, 0),
-      )
+    # Also where nothing is replayed: one compiled programme, so a replay is equal bit for bit.
+    experts, weights = replay or (np.full(self._nothing, -1), np.zeros(self._nothing, np.float32))
+    override = self._override.replace(
+      replay_RNk=_flat(experts, self.rows, length, -1).astype(np.int32),
+      weights_RNk=None if weights is None else _flat(weights, self.rows, length, 0),
+    )
     with self._model.on_mesh():
       found = observe(self._params, tokens, lengths, override, config=self.config, **self._options)
       return jax.device_get(found)

@@ -160,45 +160,85 @@ def record(
     )
   forward = Forward(model, calls, with_probs=probs, with_attention=attention)
   has_attention = attention and any(r.kind == ATTENTION for r in routers_of(forward.config))
-  skipped = [n for n, has in zip(OPTIONAL, (probs, has_attention), strict=True) if not has]
-  columns = [name for name in COLUMNS if name not in skipped]
-  writer = Writer(out, header_of(model, forward, calls, columns, about))
+  header = header_of(model, forward, calls, columns_of(probs, has_attention), about)
+  return write(forward, documents, Writer(out, header), model.vocabulary, most_tokens, count, show)
+
+
+def columns_of(probs: bool, attention: bool) -> list[str]:
+  """Columns of a record with or without the optional ones."""
+  skipped = [n for n, has in zip(OPTIONAL, (probs, attention), strict=True) if not has]
+  return [name for name in COLUMNS if name not in skipped]
+
+
+def write(
+  forward: Callable[[Sequence[Sequence[int]]], Observed],
+  documents: Iterable[Document],
+  writer: Writer,
+  vocabulary: Any,
+  most_tokens: int | None = None,
+  count: int | None = None,
+  show: Callable[[Progress], None] = lambda progress: None,
+) -> Writer:
+  """Observes documents and writes down what is seen; see record().
+
+  Args:
+    forward: observes at most forward.rows rows.
+    vocabulary: gives the texts of tokens.
+
+  Raises:
+    ConfigError: there is no document.
+  """
   if writer.complete:
     return writer
-  clock, used = Clock(writer.tokens, most_tokens, count), set()
-  waiting: list[tuple[Document, list[list[int]]]] = []
+  start_id, length = writer.header.start_id, writer.header.length
+  clock, used = Clock(writer.tokens, most_tokens, count), {start_id}
+  before = writer.documents
 
-  def run() -> None:
-    for document, found in _observed(forward, waiting, writer.documents):
+  def noted() -> Iterator[Document]:
+    """Documents that are not recorded yet; all of them count in the digest."""
+    for number, document in enumerate(limited(documents, most_tokens)):
+      writer.digest(document)
+      used.update(map(int, document.tokens))
+      if number >= before:
+        yield document
+
+  for batch in grouped(noted(), forward.rows, start_id, length):
+    for document, found in _observed(forward, batch, writer.documents):
       slot, capacity = found['slot'], writer.header.capacity
       lost = np.zeros(slot.shape, bool) if capacity is None else slot >= capacity
       writer.add(document, found | {'dropped': lost.astype(np.uint8)})
-    waiting.clear()
     writer.flush(PART_TOKENS)
     if jax.process_index() == 0:
       show(clock.at(writer.tokens, writer.documents))
-
-  before = writer.documents
-  number = -1
-  for number, document in enumerate(limited(documents, most_tokens)):
-    writer.digest(document)
-    used.update(map(int, document.tokens))
-    if number < before:
-      continue
-    rows = rows_of(document, model.start_id, calls.length)
-    if waiting and sum(len(r) for _, r in waiting) + len(rows) > forward.rows:
-      run()
-    waiting.append((document, rows))
-  if number < 0:
+  if not writer.documents:
     raise ConfigError('There is no document with a token in the data; check --data and its fields.')
-  if waiting:
-    run()
-  writer.finish(token_texts(model.vocabulary, sorted(used | {model.start_id})))
+  writer.finish(token_texts(vocabulary, sorted(used)))
   return writer
 
 
+Batch = list[tuple[Document, list[list[int]]]]
+
+
+def grouped(
+  documents: Iterable[Document], rows: int, start_id: int, length: int
+) -> Iterator[Batch]:
+  """Documents with their rows, those together whose rows fit into one call.
+
+  A document of more rows than a call has is by itself, in several calls.
+  """
+  waiting: Batch = []
+  for document in documents:
+    mine = rows_of(document, start_id, length)
+    if waiting and sum(len(r) for _, r in waiting) + len(mine) > rows:
+      yield waiting
+      waiting = []
+    waiting.append((document, mine))
+  if waiting:
+    yield waiting
+
+
 def _observed(
-  forward: Forward, waiting: Sequence[tuple[Document, list[list[int]]]], first: int
+  forward: Callable[[Sequence[Sequence[int]]], Observed], waiting: Batch, first: int
 ) -> Iterator[tuple[Document, dict[str, np.ndarray]]]:
   """The columns of each document: its rows in calls of forward.rows, beginning with a new call."""
   owners = [i for i, (_, rows) in enumerate(waiting) for _ in rows]

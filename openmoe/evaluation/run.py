@@ -51,6 +51,7 @@ class EvaluationConfig:
     chunk: items between two updates of the display.
     seed: of sampled texts and of the bootstrap.
     resamples: of the bootstrap.
+    routing: what is done to the decisions of routers, such as 'ban=mlp.3:0,5'.
   """
 
   checkpoint: str
@@ -67,6 +68,7 @@ class EvaluationConfig:
   chunk: int = 64
   seed: int = 0
   resamples: int = 1000
+  routing: str = ''
 
   def __post_init__(self):
     modes = [mode.value for mode in PromptMode]
