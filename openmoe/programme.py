@@ -68,6 +68,10 @@ class Programme:
   def total_steps(self) -> int:
     return sum(stage.steps for stage in self.stages)
 
+  def lengths(self) -> list[tuple[str, int]]:
+    """Name and steps of every stage."""
+    return [(stage.name, stage.steps) for stage in self.stages]
+
   def starts(self) -> list[int]:
     """Global step (from 0) at which each stage begins."""
     return [sum(s.steps for s in self.stages[:index]) for index in range(len(self.stages))]

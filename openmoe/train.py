@@ -19,7 +19,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from openmoe import partitioning
 from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.checkpoint.description import identity
-from openmoe.checkpoint.paths import Unreadable
 from openmoe.checkpoint.policy import Keep
 from openmoe.config import (
   ConfigError,
@@ -31,8 +30,9 @@ from openmoe.config import (
 )
 from openmoe.data.stages import format_plan, plan_table
 from openmoe.feed import Feed
+from openmoe.health import HealthConfig
+from openmoe.health.watch import Watch
 from openmoe.models import build_model
-from openmoe.observe import pictures
 from openmoe.observe.batches import BatchRecords
 from openmoe.observe.metrics import MetricsWriter
 from openmoe.observe.record import write_run_record
@@ -44,9 +44,10 @@ from openmoe.running.agreement import in_first
 from openmoe.running.context import Running
 from openmoe.running.lease import Lease
 from openmoe.running.metadata import RunMetadata, data_changed
-from openmoe.running.observation import record_step
+from openmoe.running.observation import look_before_saving, record_step
 from openmoe.running.origin import initial_state, initial_step
-from openmoe.running.outcome import End, Result, why_ended
+from openmoe.running.outcome import End, Result, show_run, why_ended
+from openmoe.running.probe import Probe
 from openmoe.running.signals import Signals
 from openmoe.running.stuck import wait_for_data
 from openmoe.running.validation import make_evaluation
@@ -62,6 +63,7 @@ def train(
   mesh: MeshConfig = MeshConfig(),
   sources: Sequence[Any] = (),
   config_text: str = '',
+  health: HealthConfig = HealthConfig(),
 ) -> Result:
   """Trains to run.total_steps, from the newest checkpoint of run.model_dir if there is one.
 
@@ -74,10 +76,11 @@ def train(
     eval_data: what is evaluated every run.eval_period steps; None for no evaluation.
     sources: objects whose register() is called first: how a run brings data of its own.
     config_text: the configuration as text, written down in the run directory.
+    health: the rules that watch the run.
 
   Raises:
     ConfigError: something cannot be run as configured; raised before compilation.
-    NonFiniteLoss: see there.
+    NonFiniteLoss, Unhealthy: see there.
   """
   for source in sources:
     source.register()
@@ -107,10 +110,11 @@ def train(
         committing=functools.partial(timeline.background, 'commit'),
       )
     )
+    watch = opened.enter_context(Watch(health, timeline))
     describe = RunMetadata(run, model, optimizer, programme)
     start = checkpointer.latest_step()
     if jax.process_index() == 0:
-      write_run_record(run.model_dir, config_text, start or 0)
+      write_run_record(run.model_dir, config_text, start or 0, programme.lengths())
       describe.keep_vocabulary()
     first = start if start is not None else initial_step(run)
     timeline.enter('data', first)
@@ -123,6 +127,7 @@ def train(
       lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings
     )
     timeline.enter('restore', first)
+    metadata = {}
     if start is not None:
       may_differ = describe.check_model(checkpointer.describe(start), start)
       state, positions, metadata = checkpointer.restore(start, placed)
@@ -138,11 +143,13 @@ def train(
 
     timeline.enter('data', first)
     evaluate = make_evaluation(run, model, module, eval_data, device_mesh)
+    probe = Probe(module, axes, evaluate and evaluate.batches[0], device_mesh)
+    probe.restore(metadata.get('probe'))
     fixed = {'model': module, 'config': model, 'optimizer': transform, 'schedule': schedule}
     fixed |= {'num_microbatches': run.num_microbatches, 'seed': run.seed}
     replicated = NamedSharding(device_mesh, PartitionSpec())
     step_fn = jax.jit(
-      functools.partial(train_step, **fixed),
+      functools.partial(watch.guard(train_step), **fixed),
       donate_argnums=0,
       out_shardings=(shardings, replicated),
     )
@@ -156,6 +163,7 @@ def train(
         sparse_layers=model.router_layers,
       )
     )
+    watch.open(run.model_dir, first, metadata.get('health'), writer.note)
     if start is not None:
       writer.note(f'Resumed from checkpoint_{start}.')
       for phrase in may_differ:
@@ -167,7 +175,7 @@ def train(
       batches = opened.enter_context(BatchRecords(run.model_dir, first, writer.note))
     running = Running(
       run, first, state, step_fn, feed, evaluate, checkpointer, describe, writer, signals, lease,
-      timeline, batches,
+      timeline, batches, watch, probe,
     )  # fmt: skip
     end = _loop(running)
     step = running.step
@@ -178,11 +186,8 @@ def train(
     checkpointer.wait()  # a signal still finds our handlers, so it cannot cost this save
     if end is not End.COMPLETE:
       writer.note(why_ended(run, end, step, programme))
-  if jax.process_index() == 0 and step > 0:
-    try:
-      pictures.plot_run(run.model_dir)
-    except (OSError, Unreadable) as error:
-      logging.warning('The pictures of the run could not be drawn: %s', error)
+  if step > 0:
+    show_run(run.model_dir)
   loss, entropy = validation.get('loss'), validation.get('unigram_entropy')
   return Result(step, end, start, loss, entropy, running.state.params)
 
@@ -196,14 +201,15 @@ def _loop(at: Running) -> End:
   def flush() -> None:
     while pending:
       step, metrics, batch = pending.popleft()
-      record_step(run, step, jax.device_get(metrics), batch, at.writer, at.checkpointer)
+      record_step(at, step, jax.device_get(metrics), batch)
 
   def save(seconds: float = 60.0) -> None:
     at.lease.check()
     flush()  # never save what has not been seen to be finite
     with at.timeline.inside('save', at.step):
+      facts = at.describe(at.step) | look_before_saving(at)
       at.writer.flush()
-      at.checkpointer.save(at.step, at.state, at.feed.state(seconds), at.describe(at.step))
+      at.checkpointer.save(at.step, at.state, at.feed.state(seconds), facts)
 
   at.timeline.enter('step', at.step)
   # Signals that came while the run was opened are granted before the first step.
@@ -220,7 +226,7 @@ def _loop(at: Running) -> End:
       save()
       return End.DATA
     with contextlib.nullcontext() if compiled else at.aside('compile'):
-      at.state, metrics = at.step_fn(at.state, batch)
+      at.state, metrics = at.step_fn(at.state, batch, *at.watch.controls())
     compiled = True
     at.step += 1
     if at.batches:
@@ -234,7 +240,8 @@ def _loop(at: Running) -> End:
     if at.evaluate and at.step % run.eval_period == 0 and at.step < run.total_steps:
       flush()
       at.validate()
-    if at.step % run.checkpoint_period == 0 or last or at.signals.save:
+    due = at.watch.save_due() or at.signals.save
+    if due or at.step % run.checkpoint_period == 0 or last:
       save()
     if stop and at.step < run.total_steps:
       return End.STOPPED

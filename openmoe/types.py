@@ -86,6 +86,7 @@ class RouterStats:
     tokens_left_behind: share of routed tokens none of whose choices found a slot.
     expert_usage: share of capacity slots that are filled (1 for dropless).
     router_confidence: mean combine weight of the served pairs.
+    late_dropped_fraction: dropped_fraction of the last quarter of every row.
   """
 
   load_balance_loss: Array
@@ -95,6 +96,7 @@ class RouterStats:
   tokens_left_behind: Array
   expert_usage: Array
   router_confidence: Array
+  late_dropped_fraction: Array | float = 0.0
 
 
 PyTree = Any

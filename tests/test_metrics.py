@@ -156,7 +156,7 @@ def test_mfu_counts_all_devices(tmp_path, out, monkeypatch):
   assert 'MFU 50.0%' in out.getvalue()
 
 
-def test_records_carry_the_state_of_the_routers(tmp_path, out):
+def test_the_display_shows_dead_experts(tmp_path, out):
   arrays = {
     'expert_load': np.array([[0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]]),
     'dropped_fraction': np.array([0.1, 0.3]),
@@ -164,11 +164,15 @@ def test_records_carry_the_state_of_the_routers(tmp_path, out):
   with MetricsWriter(tmp_path, 0, 100, stream=out) as writer:
     writer.write_router(1, arrays)
     writer.write(1, {'loss': 1.0})
-    writer.write(2, {'loss': 1.0})
-  first, second = read_records(tmp_path)
-  assert (first['dead_experts'], first['dropped_fraction']) == (2, pytest.approx(0.2))
-  assert 'dead_experts' not in second  # nothing was observed at step 2
   assert 'dead   2/8' in out.getvalue()
+
+
+def test_what_is_written_is_returned(tmp_path, out):
+  with MetricsWriter(tmp_path, 0, 100, tokens_before=lambda s: 10 * s, stream=out) as writer:
+    record = writer.write(1, {'loss': 1.0})
+    assert writer.write(1, {'loss': 2.0}) == {'step': 1, 'kind': 'train', 'loss': 2.0}
+  assert [record] == read_records(tmp_path)
+  assert record['tokens_seen'] == 10.0
 
 
 def test_an_expert_is_dead_below_a_hundredth_of_its_share():

@@ -38,8 +38,11 @@ ROOMS = {
   'serving': _MODEL | {'inference', 'checkpoint'},
   'evaluation': {'types', 'config', 'checkpoint', 'observe', 'inference'},
   'atlas': _MODEL | {'checkpoint', 'observe', 'inference', 'evaluation'},
-  'running': _STATE | {'programme', 'data', 'feed', 'checkpoint', 'observe'},
-  'train': _STATE | {'programme', 'data', 'feed', 'plan', 'checkpoint', 'observe'} | {'running'},
+  'health': {'types', 'config', 'observe'},
+  'report': {'config', 'checkpoint', 'observe', 'health'},
+  'running': _STATE | {'programme', 'data', 'feed', 'checkpoint', 'observe', 'health'},
+  'train': _STATE
+  | {'programme', 'data', 'feed', 'plan', 'checkpoint', 'observe', 'health', 'running'},
   'drill': _STATE | {'programme', 'checkpoint', 'observe'},
 }
 # The other packages: what each may import of ours.

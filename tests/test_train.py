@@ -17,7 +17,7 @@ from openmoe.feed import Feed
 from openmoe.observe.metrics import read_records, read_router
 from openmoe.programme import Programme, Stage
 from openmoe.running.observation import NonFiniteLoss
-from tests.run_case import ROOT, arguments, corpus, curve, source_of
+from tests.run_case import ROOT, arguments, corpus, curve, source_of, timeless
 
 
 @pytest.fixture(scope='module')
@@ -68,7 +68,7 @@ def test_a_killed_run_continues_exactly(undisturbed, source, tmp_path, monkeypat
   monkeypatch.setattr(Feed, '__next__', take)
   result = train_lib.train(**arguments(tmp_path, source))
   assert result.resumed_from == 4
-  assert curve(tmp_path) == curve(undisturbed[0])
+  assert timeless(tmp_path) == timeless(undisturbed[0])
   for a, b in zip(
     jax.tree.leaves(result.params), jax.tree.leaves(undisturbed[1].params), strict=True
   ):
@@ -90,7 +90,7 @@ def test_sigterm_saves_and_the_same_command_continues(undisturbed, source, tmp_p
   monkeypatch.setattr(Feed, '__next__', take)
   result = train_lib.train(**arguments(tmp_path, source))
   assert (result.step, result.resumed_from) == (12, 6)
-  assert curve(tmp_path) == curve(undisturbed[0])
+  assert timeless(tmp_path) == timeless(undisturbed[0])
 
 
 def test_a_complete_run_says_so(undisturbed, source):

@@ -77,7 +77,7 @@ def scanned(module, length: int, axis: str, in_axes):
   """A module class that runs `module` so many times, with parameters stacked along `axis`."""
   return nn.scan(
     module,
-    variable_axes={'params': 0},
+    variable_axes={'params': 0, 'intermediates': 0},
     split_rngs={'params': True, 'dropout': True},
     in_axes=in_axes,
     length=length,

@@ -159,33 +159,34 @@ class MetricsWriter:
     self._failing: set[str] = set()  # files that could not be written lately
     self._clock = _Clock(start_step, time.monotonic())
     self._progress = Progress(step=start_step, total_steps=total_steps, sparse_layers=sparse_layers)
-    self._latest_router: tuple[int, dict[str, float]] = (-1, {})
 
-  def write(self, step: int, scalars: Mapping[str, float], kind: str = 'train') -> None:
+  def write(self, step: int, scalars: Mapping[str, float], kind: str = 'train') -> dict[str, Any]:
     """Records and shows the scalars of a step.
 
     A step that this kind already has is left alone, so that a resumed run may evaluate again.
     Training records gain tokens_seen, steps_per_second, tokens_per_second, model_flops_per_second
-    and mfu where they are known, and dropped_fraction (mean over layers) and dead_experts (over
-    all layers) if write_router() was called for the step before.
+    and mfu where they are known.
 
     Args:
       step: optimizer steps done.
       scalars: Python, numpy or jax scalars.
-      kind: 'train' or 'validation'.
+      kind: 'train', 'validation' or 'checkpoint'.
+
+    Returns:
+      The record; where nothing is written, what it would hold without these additions.
     """
-    if not self._active or step <= self._records.last.get(kind, -1):
-      return
     scalars = {name: float(value) for name, value in scalars.items()}
+    if not self._active or step <= self._records.last.get(kind, -1):
+      return {'step': step, 'kind': kind} | scalars
     if kind == 'train':
       scalars |= self._speed(step)
-      if self._latest_router[0] == step:
-        scalars |= self._latest_router[1]
+    record = {'step': step, 'kind': kind, 'time': round(time.time(), 3)} | scalars
     with self._told(RECORDS):
-      self._records.append({'step': step, 'kind': kind, 'time': round(time.time(), 3)} | scalars)
+      self._records.append(record)
     with self._told('tensorboard'):
       self._events.write(step, scalars, kind)
     self._show(step, scalars, kind)
+    return record
 
   def _speed(self, step: int) -> dict[str, float]:
     last = self._clock.step
@@ -204,9 +205,10 @@ class MetricsWriter:
     return scalars
 
   def _show(self, step: int, scalars: Mapping[str, float], kind: str) -> None:
-    if kind != 'train':
+    if kind == 'validation':
       self._progress = dataclasses.replace(self._progress, validation=(step, dict(scalars)))
       self._display.validation(self._progress)
+    if kind != 'train':
       return
     rate, left = self._clock.rate, self._progress.total_steps - step
     self._progress = dataclasses.replace(
@@ -232,12 +234,7 @@ class MetricsWriter:
     with self._told('router'):
       self._router.append(step, arrays | {'layers': np.array(layers)} if layers else arrays)
     load = np.asarray(arrays['expert_load'])
-    dead = dead_experts(load)
-    summary = {'dead_experts': float(dead.sum())}
-    if 'dropped_fraction' in arrays:
-      summary['dropped_fraction'] = float(np.mean(arrays['dropped_fraction']))
-    self._latest_router = (step, summary)
-    self._progress = dataclasses.replace(self._progress, expert_load=load, dead=dead)
+    self._progress = dataclasses.replace(self._progress, expert_load=load, dead=dead_experts(load))
 
   def note(self, text: str) -> None:
     """Shows a line of text above the progress."""

@@ -14,7 +14,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -97,6 +97,7 @@ def write_run_record(
   model_dir: str | os.PathLike,
   gin_config: str,
   start_step: int = 0,
+  stages: Sequence[tuple[str, int]] = (),
   note: Note = logging.warning,
 ) -> dict[str, Any]:
   """Writes config.gin, and adds this start to the list in run.json.
@@ -109,12 +110,13 @@ def write_run_record(
     model_dir: run directory.
     gin_config: the operative configuration.
     start_step: step that this start continues from.
+    stages: name and steps of each.
     note: receives what went wrong, as one line of text each.
 
   Returns:
     The record of this start, describe_run() and the step. Processes other than 0 write nothing.
   """
-  record = {'start_step': start_step} | describe_run()
+  record = {'start_step': start_step, 'stages': [list(s) for s in stages]} | describe_run()
   if jax.process_index() == 0:
     directory = epath.Path(model_dir)
     try:

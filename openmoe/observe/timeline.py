@@ -12,6 +12,7 @@ can be divided, and whoever watches from outside sees what it is doing. Only pro
 
 from __future__ import annotations
 
+import collections
 import os
 import pathlib
 import sys
@@ -54,7 +55,8 @@ class Timeline:
     self._failed = False
     self._lock = threading.Lock()  # commits are noted by the thread that saves
     self._phase, self._step = 'setup', 0
-    self._stalled = 0.0
+    self._stalled, self._since = 0.0, time.monotonic()
+    self._seconds: dict[str, float] = collections.defaultdict(float)
     self._records: Records | None = None
     if jax.process_index() == 0:
       directory = epath.Path(model_dir)
@@ -70,9 +72,17 @@ class Timeline:
     self.enter('end', self._step)
     self._guarded(lambda: self._records.flush())
 
+  def so_far(self) -> dict[str, float]:
+    """Seconds of this process by phase; `stalled` is a part of `step`."""
+    now = time.monotonic()
+    self._seconds[self._phase] += now - self._since
+    self._since = now
+    return self._seconds
+
   def enter(self, phase: str, step: int) -> None:
     """Turns to a phase after so many steps; nothing where it is that phase already."""
     self._step = step
+    self.so_far()
     if phase != self._phase:
       self._phase = phase
       self._write(phase, step)
@@ -90,6 +100,7 @@ class Timeline:
   def stalled(self, seconds: float) -> None:
     """Counts time that the loop waited for data."""
     self._stalled += seconds
+    self._seconds['stalled'] += seconds
 
   def background(self, event: str, step: int) -> None:
     """Notes something that happens beside the phase, from any thread."""

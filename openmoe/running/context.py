@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator
 from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.config import TrainConfig
 from openmoe.feed import Feed
+from openmoe.health.watch import Watch
 from openmoe.observe.batches import BatchRecords
 from openmoe.observe.metrics import MetricsWriter
 from openmoe.observe.timeline import Timeline
 from openmoe.running.lease import Lease
 from openmoe.running.metadata import RunMetadata
+from openmoe.running.probe import Probe
 from openmoe.running.signals import Signals
+from openmoe.running.validation import Evaluation
 from openmoe.train_step import TrainState
-from openmoe.types import PyTree
 
 
 @dataclasses.dataclass
@@ -37,7 +39,7 @@ class Running:
   state: TrainState
   step_fn: Callable
   feed: Feed
-  evaluate: Callable[[PyTree], dict[str, float]] | None
+  evaluate: Evaluation | None
   checkpointer: Checkpointer
   describe: RunMetadata
   writer: MetricsWriter
@@ -45,6 +47,8 @@ class Running:
   lease: Lease
   timeline: Timeline
   batches: BatchRecords | None
+  watch: Watch
+  probe: Probe
 
   @contextlib.contextmanager
   def aside(self, phase: str) -> Iterator[None]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.config import TrainConfig
-from openmoe.observe.metrics import MetricsWriter
+from openmoe.running.context import Running
 from openmoe.types import Batch
 
 
@@ -21,32 +21,41 @@ class NonFiniteLoss(RuntimeError):
   exit_code = 65
 
 
-def record_step(
-  run: TrainConfig,
-  step: int,
-  metrics: dict,
-  batch: Batch,
-  writer: MetricsWriter,
-  checkpointer: Checkpointer,
-) -> None:
-  """Writes one step's metrics when due; stops the run when they are not finite."""
+def record_step(at: Running, step: int, metrics: dict, batch: Batch) -> None:
+  """Writes one step's metrics when due; stops the run when they are not finite, or not well.
+
+  Raises:
+    NonFiniteLoss, Unhealthy: see there.
+  """
+  run, writer, router = at.run, at.writer, metrics['router']
   scalars = {name: float(value) for name, value in metrics['scalars'].items()}
-  if not all(math.isfinite(scalars[name]) for name in ('loss', 'grad_norm')):
-    _diverged(run, step, scalars, batch, checkpointer)
-  router = metrics['router']
-  if router is not None:
-    loads_le = np.asarray(router.expert_load_e)
-    scalars['dropped_fraction'] = float(np.mean(router.dropped_fraction))
-    scalars['expert_usage'] = float(np.mean(router.expert_usage))
-    scalars['router_confidence'] = float(np.mean(router.router_confidence))
-    scalars['tokens_left_behind'] = float(np.mean(router.tokens_left_behind))
-    if step % run.router_period == 0:
-      writer.write_router(
-        step,
-        {'expert_load': loads_le, 'dropped_fraction': np.asarray(router.dropped_fraction)},
-      )
+  finite = all(math.isfinite(scalars[name]) for name in ('loss', 'grad_norm'))
+  if not finite and not scalars.get('skipped'):
+    _diverged(run, step, scalars, batch, at.checkpointer)
+  scalars |= at.watch.see(scalars, router)
+  if router is not None and step % run.router_period == 0:
+    names = {'expert_load': router.expert_load_e, 'dropped_fraction': router.dropped_fraction}
+    writer.write_router(step, {name: np.asarray(x) for name, x in names.items()})
   if step % run.log_period == 0 or step == run.total_steps:
-    writer.write(step, scalars)
+    written = writer.write(step, scalars | at.watch.summary())
+    at.watch.judge(written, at.checkpointer.newest)
+
+
+def look_before_saving(at: Running) -> dict:
+  """Looks at the parameters that are to be saved; facts of the watch for the checkpoint.
+
+  Raises:
+    Unhealthy: a rule says that they must not be saved.
+  """
+  run, step = at.run, at.step
+  periodic = step % run.checkpoint_period == 0 or step == run.total_steps
+  with at.timeline.inside('save' if at.probe.compiled else 'compile', step):
+    scalars = at.probe(at.state.params, follow=periodic)
+  record = {'step': step, 'kind': 'checkpoint'} | scalars
+  if periodic:
+    record = at.writer.write(step, scalars, kind='checkpoint')
+  at.watch.judge(record, at.checkpointer.newest)
+  return at.watch.state() | at.probe.state()
 
 
 def _diverged(

@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+import jax
+from absl import logging
+
+from openmoe.checkpoint.paths import Unreadable
 from openmoe.config import TrainConfig
+from openmoe.observe import pictures
 from openmoe.programme import Programme
 from openmoe.types import PyTree
 
@@ -42,6 +47,16 @@ class Result:
   def complete(self) -> bool:
     """Whether all steps of the run are done."""
     return self.end is End.COMPLETE
+
+
+def show_run(model_dir: str) -> None:
+  """Draws the pictures of a run into its directory; what cannot be drawn is told."""
+  if jax.process_index():
+    return
+  try:
+    pictures.plot_run(model_dir)
+  except (OSError, Unreadable) as error:
+    logging.warning('The pictures of the run could not be drawn: %s', error)
 
 
 def why_ended(run: TrainConfig, end: End, step: int, programme: Programme) -> str:

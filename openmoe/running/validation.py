@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -19,13 +20,24 @@ from openmoe.train_step import loss_fn
 from openmoe.types import Array, Batch, PyTree
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """params -> validation metrics over the same batches every time."""
+
+  measure: Callable[[PyTree], dict[str, float]]
+  batches: list[Batch]
+
+  def __call__(self, params: PyTree) -> dict[str, float]:
+    return self.measure(params)
+
+
 def make_evaluation(
   run: TrainConfig,
   model: ModelConfig,
   module,
   eval_data: DataConfig | None,
   mesh: jax.sharding.Mesh,
-) -> Callable[[PyTree], dict[str, float]] | None:
+) -> Evaluation | None:
   """params -> validation metrics over the same batches every time; None when it is off."""
   if eval_data is None or not run.eval_period or not run.eval_steps:
     return None
@@ -51,7 +63,7 @@ def make_evaluation(
       'unigram_entropy': entropy,
     }
 
-  return evaluate
+  return Evaluation(evaluate, batches)
 
 
 def _on_host(batches: list[Batch]) -> Iterator[Batch]:

@@ -95,7 +95,11 @@ def route_groups(
   size = resolve_groups(b * t, config.group_size)
   x_gtd = partitioning.shard(x_btd.reshape(-1, size, d), ('act_group', None, 'act_embed'))
   valid_gt = None if valid_bt is None else valid_bt.reshape(-1, size)
-  return x_gtd, Router(config, name='router')(x_gtd, valid_gt, train)
+  routing = Router(config, name='router')(x_gtd, valid_gt, train)
+  late_btk = routing.slot_gtk.reshape(b, t, -1)[:, -max(1, t // 4) :]
+  lost_btk = late_btk >= (b * t * config.top_k if routing.capacity is None else routing.capacity)
+  late = jnp.sum(lost_btk) / jnp.maximum(jnp.sum(late_btk >= 0), 1)
+  return x_gtd, routing.replace(stats=routing.stats.replace(late_dropped_fraction=late))
 
 
 class ExpertKernel(nn.Module):
