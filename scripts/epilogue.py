@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import jax
@@ -9,10 +10,13 @@ import seqio
 from rich.console import Console
 from rich.text import Text
 
+from openmoe.checkpoint.paths import absolute, write_whole
 from openmoe.config import DataConfig, ModelConfig
 from openmoe.inference.model import LanguageModel
 from openmoe.observe.text import visible
 from openmoe.programme import as_programme
+from openmoe.report.build import write_report
+from openmoe.report.facts import SAMPLES
 from openmoe.train import Result
 
 PREFIX = '[S2S] '  # announces the prefix language model among the UL2 denoisers
@@ -36,9 +40,11 @@ def show(result: Result, arguments: dict) -> None:
       f'tokens {result.unigram_entropy:.4f}; {gap:.2f} nats under it'
     )
   if run.sample_prompts and jax.process_count() == 1:
-    _continuations(result, model, data, run.sample_prompts, run.sample_tokens, console)
+    samples = _continuations(result, model, data, run.sample_prompts, run.sample_tokens, console)
+    write_whole(absolute(run.model_dir) / SAMPLES, json.dumps(samples, indent=1).encode())
   console.print(
     visible(f"""
+Report: {write_report(run.model_dir)}
 Pictures: {run.model_dir}/loss.png, {run.model_dir}/experts.png
 Next:
   tensorboard --logdir {run.model_dir}/tensorboard
@@ -57,7 +63,7 @@ def _continuations(
   prompts: tuple[str, ...],
   max_new_tokens: int,
   console: Console,
-) -> None:
+) -> list[dict[str, str]]:
   source = seqio.get_mixture_or_task(data.mixture_or_task_name)
   vocabulary = source.output_features['targets'].vocabulary
   if 'inputs' in data.task_feature_lengths:
@@ -69,6 +75,7 @@ def _continuations(
   params = jax.device_put(jax.device_get(result.params), jax.local_devices()[0])
   console.print('\nGreedy continuations:')
   results = LanguageModel(model, params, vocabulary).generate(ids, max_new_tokens)
+  samples = []
   for text, (found,) in zip(prompts, results, strict=True):
     # A young model likes line breaks: more than two in a row say nothing.
     continuation = re.sub(r'\n\s*\n+', '\n\n', found.text).rstrip()
@@ -76,3 +83,5 @@ def _continuations(
       Text(visible(text), style='bold'), Text(visible(continuation), style='cyan'), sep=''
     )
     console.print(Text('---', style='dim'))
+    samples.append({'prompt': text, 'text': continuation})
+  return samples

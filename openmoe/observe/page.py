@@ -11,9 +11,12 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import matplotlib
+from matplotlib import colors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -157,30 +160,39 @@ def style(axes: Axes) -> None:
     text.set_color(INK)
 
 
-def figure(drawn: Figure, name: str, caption: object = '') -> Html:
+def figure(
+  drawn: Figure, name: str, caption: object = '', also: Mapping[str, str] = MappingProxyType({})
+) -> Html:
   """A figure of matplotlib's as SVG in the colours of the page.
 
   Args:
     drawn: the figure; texts in it are taken as they stand, without formulas.
     name: unlike that of any other figure of the page; said to who cannot see it.
     caption: shown under it.
+    also: colour as #rrggbb -> variable of the style, for figures that are drawn elsewhere, too.
   """
   for text in drawn.findobj(Text):
     text.set_parse_math(False)
     text.set_text(visible(text.get_text()))
+    if colors.same_color(text.get_color(), 'black'):  # matplotlib's own; no ink of a dark page
+      text.set_color(INK)
   out = io.StringIO()
   settings = matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': name})
   with settings, warnings.catch_warnings():
     warnings.filterwarnings('ignore', message='Glyph')  # the browser has fonts of its own
-    drawn.savefig(out, format='svg', transparent=True, metadata={'Date': None, 'Creator': None})
+    drawn.savefig(
+      out, format='svg', dpi=150, transparent=True, metadata={'Date': None, 'Creator': None}
+    )
   svg = out.getvalue()
   svg = svg[svg.index('<svg') :].replace(
     '<svg ', f'<svg role="img" aria-label="{escape(name)}" ', 1
   )
   svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
-  # Names of groups ("axes_1") are the same in every figure, and a page may have each but once.
+  # A page may have each name once, and figures have some in common, such as "axes_1".
   svg = re.sub(r'<g id="[^"]*">', '<g>', svg)
-  for colour, variable in _VARIABLES.items():
+  mark = f'f{zlib.crc32(name.encode()):08x}-'
+  svg = re.sub(r'(?<= id=")|(?<=href="#)|(?<=url\(#)', mark, svg)
+  for colour, variable in {**_VARIABLES, **also}.items():
     svg = svg.replace(colour, f'var(--{variable})')
   below = element('figcaption', caption) if caption else Html()
   return element('figure', Html(svg), below)

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from openmoe.checkpoint.paths import write_whole
 from openmoe.observe.metrics import dead_experts, read_records, read_router
 
-_INK = '#2b2b33'
-_MUTED = '#8a8a94'
+INK = '#2b2b33'
+MUTED = '#8a8a94'
 _TRAIN = '#2166ac'
 _VALIDATION = '#d6604d'
 _UNIGRAM = '#5b8c5a'
@@ -56,12 +56,12 @@ def _style(axes: Axes) -> None:
   for side in ('top', 'right'):
     axes.spines[side].set_visible(False)
   for side in ('left', 'bottom'):
-    axes.spines[side].set_color(_MUTED)
-  axes.tick_params(colors=_INK, labelsize=9, color=_MUTED)
-  axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: _tick(x)))
+    axes.spines[side].set_color(MUTED)
+  axes.tick_params(colors=INK, labelsize=9, color=MUTED)
+  axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: tick(x)))
 
 
-def _tick(value: float) -> str:
+def tick(value: float) -> str:
   """An axis label: 0, 500, 1.5k, 20k, 2M."""
   if abs(value) < 1000:
     return f'{value:g}'
@@ -100,11 +100,11 @@ def loss_figure(model_dir: epath.Path) -> Figure:
   _draw_losses(main, loss, checked, _column(validation, 'step', 'unigram_entropy'))
   _token_axis(main, _column(train, 'step', 'tokens_seen'))
   speed = _column(train, 'step', 'learning_rate')
-  rate.plot(speed[:, 0], speed[:, 1], color=_INK, lw=1.3)
-  rate.set_ylabel('learning rate', color=_INK)
+  rate.plot(speed[:, 0], speed[:, 1], color=INK, lw=1.3)
+  rate.set_ylabel('learning rate', color=INK)
   rate.set_ylim(bottom=0)
   rate.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
-  rate.set_xlabel('optimizer step', color=_INK)
+  rate.set_xlabel('optimizer step', color=INK)
   for axes in (main, rate):
     axes.grid(axis='y', color='#ececf0', lw=0.8)
     axes.set_axisbelow(True)
@@ -135,8 +135,8 @@ def _draw_losses(axes: Axes, loss: np.ndarray, validation: np.ndarray, unigram: 
   bottom = min(loss[:, 1].min(), *ends)
   margin = 0.06 * max(top - bottom, 1e-3)
   axes.set_ylim(bottom - margin, top + margin)
-  axes.set_ylabel('loss (nats per target token)', color=_INK)
-  axes.legend(frameon=False, labelcolor=_INK, fontsize=10, loc='upper right')
+  axes.set_ylabel('loss (nats per target token)', color=INK)
+  axes.legend(frameon=False, labelcolor=INK, fontsize=10, loc='upper right')
 
 
 def _token_axis(axes: Axes, tokens: np.ndarray) -> None:
@@ -146,10 +146,10 @@ def _token_axis(axes: Axes, tokens: np.ndarray) -> None:
     return
   per_step = tokens[-1, 1] / tokens[-1, 0]
   above = axes.secondary_xaxis('top', functions=(lambda s: s * per_step, lambda t: t / per_step))
-  above.set_xlabel('tokens', color=_INK)
-  above.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: _tick(x)))
-  above.tick_params(colors=_INK, labelsize=9, color=_MUTED)
-  above.spines['top'].set_color(_MUTED)
+  above.set_xlabel('tokens', color=INK)
+  above.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: tick(x)))
+  above.tick_params(colors=INK, labelsize=9, color=MUTED)
+  above.spines['top'].set_color(MUTED)
 
 
 # --- experts.png
@@ -184,13 +184,13 @@ def experts_figure(router: dict[str, np.ndarray]) -> Figure:
   rows = math.ceil(layers / columns)
   height = min(2.2, max(1.3, 0.075 * experts))
   figure = Figure(figsize=(4.6 + 4.2 * columns, 3.8 + height * rows), layout='constrained')
-  figure.suptitle('Load of every expert relative to a uniform share', color=_INK, fontsize=13)
+  figure.suptitle('Load of every expert relative to a uniform share', color=INK, fontsize=13)
   grid = figure.add_gridspec(rows + 1, columns, height_ratios=[height] * rows + [1.7])
   maps = []
   for layer in range(layers):
     axes = figure.add_subplot(grid[layer % rows, layer // rows])
     picture = _draw_load(axes, router['steps'], load_nle[:, layer])
-    axes.set_title(f'layer {names[layer]}', loc='left', fontsize=10, color=_INK)
+    axes.set_title(f'layer {names[layer]}', loc='left', fontsize=10, color=INK)
     if layer % rows != rows - 1 and layer != layers - 1:
       axes.tick_params(labelbottom=False)
     maps.append(axes)
@@ -210,7 +210,7 @@ def _draw_load(axes: Axes, steps: np.ndarray, load_ne: np.ndarray):
     _edges(steps), np.arange(experts + 1) - 0.5, ratio.T, cmap=palette, norm=norm, rasterized=True
   )
   axes.invert_yaxis()
-  axes.set_ylabel('expert', color=_INK)
+  axes.set_ylabel('expert', color=INK)
   axes.yaxis.set_major_locator(ticker.MaxNLocator(5, integer=True, steps=[1, 2, 4, 5, 8, 10]))
   _style(axes)
   return picture
@@ -222,7 +222,7 @@ def _colour_bar(figure: Figure, picture, maps: list[Axes]) -> None:
   )
   bar.set_ticks([1 / 4, 1 / 2, 1, 2, 4], labels=['¼', '½', 'uniform', '2×', '4×'])
   bar.minorticks_off()
-  bar.ax.tick_params(colors=_INK, labelsize=9, color=_MUTED)
+  bar.ax.tick_params(colors=INK, labelsize=9, color=MUTED)
   bar.outline.set_visible(False)
   bar.ax.text(
     1.06,
@@ -230,20 +230,20 @@ def _colour_bar(figure: Figure, picture, maps: list[Axes]) -> None:
     'black: dead (under 1 %)',
     transform=bar.ax.transAxes,
     va='center',
-    color=_INK,
+    color=INK,
     fontsize=9,
   )
 
 
 def _draw_dropped(axes: Axes, router: dict[str, np.ndarray], names) -> None:
   axes.set_title(
-    'dropped: share of (token, choice) pairs without a slot', loc='left', fontsize=10, color=_INK
+    'dropped: share of (token, choice) pairs without a slot', loc='left', fontsize=10, color=INK
   )
-  axes.set_xlabel('optimizer step', color=_INK)
+  axes.set_xlabel('optimizer step', color=INK)
   _style(axes)
   axes.margins(x=0)
   if 'dropped_fraction' not in router:
-    axes.text(0.5, 0.5, 'not recorded', transform=axes.transAxes, ha='center', color=_MUTED)
+    axes.text(0.5, 0.5, 'not recorded', transform=axes.transAxes, ha='center', color=MUTED)
     return
   dropped_nl = router['dropped_fraction']
   shades = colors.LinearSegmentedColormap.from_list('depth', ['#9ecae1', '#2166ac', '#3f1d63'])
@@ -256,5 +256,5 @@ def _draw_dropped(axes: Axes, router: dict[str, np.ndarray], names) -> None:
   axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
   axes.grid(axis='y', color='#ececf0', lw=0.8)
   axes.figure.legend(
-    loc='outside lower center', ncols=min(layers, 4), frameon=False, labelcolor=_INK, fontsize=9
+    loc='outside lower center', ncols=min(layers, 4), frameon=False, labelcolor=INK, fontsize=9
   )
