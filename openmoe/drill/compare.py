@@ -21,9 +21,8 @@ from absl import logging
 from openmoe.checkpoint.paths import checkpoint_name
 from openmoe.observe.batches import read_batches
 from openmoe.observe.metrics import read_records, read_router
+from openmoe.observe.notes import TIMED
 
-# What a clock says is of no two runs the same.
-_CLOCK = {'time', 'steps_per_second', 'tokens_per_second', 'model_flops_per_second', 'mfu'}
 _TOLERANCE = 1e-5  # of another mesh: norm of the difference over the norm
 
 
@@ -150,7 +149,7 @@ def _metrics(run: pathlib.Path) -> dict[tuple[int, str], dict]:
   found: dict[tuple[int, str], dict] = {}
   for record in read_records(run):
     key = record['step'], str(record.get('kind'))
-    values = {k: v for k, v in record.items() if k not in _CLOCK}
+    values = {k: v for k, v in record.items() if k not in TIMED}
     found[key] = values if key not in found else found[key] | {'records': 2}
   return found
 

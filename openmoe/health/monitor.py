@@ -9,7 +9,8 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from openmoe.health.rules import TIMED, Action, Measure, Rule
+from openmoe.health.rules import Action, Measure, Rule
+from openmoe.observe.notes import TIMED
 
 _DEVIATION = 1.4826  # median absolute deviations in a standard deviation of normal noise
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from openmoe.config import ConfigError
 from openmoe.config.step import check_fields, require
+from openmoe.observe.notes import TIMED
 
 
 class Measure(enum.Enum):
@@ -32,12 +33,6 @@ class Action(enum.Enum):
   STOP = 'stop'  # the run ends with 65, without another checkpoint
 
 
-# Scalars that the clock decides. They differ between processes, so nothing may follow from them
-# that all processes must do together, and between a run and its repetition.
-TIMED = (
-  *('steps_per_second', 'tokens_per_second', 'model_flops_per_second', 'mfu'),
-  *('stalled_fraction', 'goodput'),
-)
 # What a step can be skipped for: the compiled step knows them before it changes anything.
 SKIPPABLE = ('loss', 'grad_norm')
 

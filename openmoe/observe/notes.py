@@ -23,6 +23,12 @@ from openmoe.checkpoint.paths import Unreadable, is_remote, read_small, write_wh
 RECORDS = 'metrics.jsonl'
 ROUTER_FOLDER = 'router'
 ROUTER_SPAN = 1000  # steps in one router file
+# Values of a record that the clock decides. They differ between processes, so nothing may follow
+# from them that all must do together, and between a run and its repetition.
+TIMED = (
+  *('time', 'steps_per_second', 'tokens_per_second', 'model_flops_per_second', 'mfu'),
+  *('stalled_fraction', 'goodput'),
+)
 _REMOTE_PERIOD = 60.0  # seconds between writes of metrics.jsonl to an object store
 LIMIT = 4 << 30  # bytes of a file of notes
 _MOST_STEPS, _LARGEST = 1 << 53, 1 << 1000
