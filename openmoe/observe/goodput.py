@@ -27,9 +27,9 @@ PARTS = {
   'data': 'opening data',
   'restore': 'restoring or initialising',
   'compile': 'compilation, with the first step',
-  'redone': 'work that a kill undid',
-  'lost': 'from the last sign of a killed process to the next start',
-  'down': 'between a stop and the next start',
+  'redone': 'done again, as a kill undid it',
+  'lost': 'lost to kills, from the last sign of one to the next start',
+  'down': 'stopped, until the next start',
 }
 
 

@@ -62,6 +62,7 @@ table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabula
 th, td { text-align: left; padding: .25rem 1.1rem .25rem 0; vertical-align: top;
   border-bottom: 1px solid var(--grid); min-width: 4rem; }
 th { color: var(--muted); font-weight: 500; font-size: .87rem; white-space: nowrap; }
+td > span { white-space: nowrap; }
 th.number, td.number { text-align: right; white-space: nowrap; overflow-wrap: normal; }
 figure { margin: .8rem 0; } figcaption { color: var(--muted); font-size: .9rem; }
 svg { display: block; width: 100%; height: auto; }

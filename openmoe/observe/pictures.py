@@ -210,6 +210,7 @@ def _draw_load(axes: Axes, steps: np.ndarray, load_ne: np.ndarray):
     _edges(steps), np.arange(experts + 1) - 0.5, ratio.T, cmap=palette, norm=norm, rasterized=True
   )
   axes.invert_yaxis()
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
   axes.set_ylabel('expert', color=INK)
   axes.yaxis.set_major_locator(ticker.MaxNLocator(5, integer=True, steps=[1, 2, 4, 5, 8, 10]))
   _style(axes)
@@ -241,6 +242,7 @@ def _draw_dropped(axes: Axes, router: dict[str, np.ndarray], names) -> None:
   )
   axes.set_xlabel('optimizer step', color=INK)
   _style(axes)
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
   axes.margins(x=0)
   if 'dropped_fraction' not in router:
     axes.text(0.5, 0.5, 'not recorded', transform=axes.transAxes, ha='center', color=MUTED)
@@ -251,7 +253,8 @@ def _draw_dropped(axes: Axes, router: dict[str, np.ndarray], names) -> None:
   for layer in range(layers):
     shade = shades(layer / max(1, layers - 1))
     label = f'layer {names[layer]}  {dropped_nl[-1, layer]:.1%}'
-    axes.plot(router['steps'], dropped_nl[:, layer], color=shade, lw=1.4, label=label)
+    look = {'color': shade, 'lw': 1.4, 'marker': 'o' if len(dropped_nl) == 1 else None}
+    axes.plot(router['steps'], dropped_nl[:, layer], label=label, **look)
   axes.set_ylim(0, max(0.01, 1.08 * dropped_nl.max()))
   axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
   axes.grid(axis='y', color='#ececf0', lw=0.8)

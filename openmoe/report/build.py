@@ -65,7 +65,10 @@ def _together(runs: Sequence[Run]) -> list[Html]:
     parts.append(section('Wall time', page.figure(drawn, 'Wall time of all runs')))
   first = runs[0]
   others = [
-    details(f'{first.name} to {run.name}', _difference(_newest(first), _newest(run)))
+    details(
+      f'{figures.short(first.name)} to {figures.short(run.name)}',
+      _difference(_newest(first), _newest(run)),
+    )
     for run in runs[1:]
     if _newest(run) != _newest(first)
   ]

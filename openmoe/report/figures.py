@@ -52,6 +52,7 @@ def _axis(axes: Axes, label: str) -> None:
   axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: tick(x)))
   axes.set_xlabel(label, color=INK)
   axes.margins(x=0.01)
+  axes.set_xlim(left=0)
 
 
 def loss(runs: Sequence[Run]) -> Figure:
@@ -85,7 +86,7 @@ def loss(runs: Sequence[Run]) -> Figure:
       shown += [checked[-1, 1], checked[:, 1].min()]
   if shown:  # the first losses of a run would press everything after them into a line
     low, high = min(shown), max(shown)
-    margin = 0.08 * max(high - low, 1e-3)
+    margin = 0.08 * max(high - low, 0.1 * abs(high), 1e-3)
     axes.set_ylim(low - margin, high + margin)
   _axis(axes, Tokens(runs[0]).label)
   axes.set_ylabel('loss (nats per target token)', color=INK)
@@ -123,7 +124,7 @@ def _stages(axes: Axes, run: Run) -> None:
       axes.axvspan(left, right, color=GRID, alpha=0.6, lw=0)
     axes.text(
       (left + right) / 2, 1.01, short(name), transform=axes.get_xaxis_transform(), ha='center',
-      va='bottom', color=MUTED, fontsize=9, clip_on=True,
+      va='bottom', color=MUTED, fontsize=9,
     )  # fmt: skip
 
 
