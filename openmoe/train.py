@@ -120,9 +120,8 @@ def train(
     timeline.enter('data', first)
     feed = opened.enter_context(Feed(device_mesh, programme, first))
     opened.enter_context(jax.set_mesh(device_mesh))
-    init = jax.jit(
-      functools.partial(init_state, module, transform, run.seed), out_shardings=shardings
-    )
+    init = functools.partial(init_state, module, transform, run.seed)
+    init = jax.jit(init, out_shardings=shardings)
     placed = jax.tree.map(
       lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings
     )
@@ -148,21 +147,11 @@ def train(
     fixed = {'model': module, 'config': model, 'optimizer': transform, 'schedule': schedule}
     fixed |= {'num_microbatches': run.num_microbatches, 'seed': run.seed}
     replicated = NamedSharding(device_mesh, PartitionSpec())
-    step_fn = jax.jit(
-      functools.partial(watch.guard(train_step), **fixed),
-      donate_argnums=0,
-      out_shardings=(shardings, replicated),
-    )
-    writer = opened.enter_context(
-      MetricsWriter(
-        run.model_dir,
-        start_step=first,
-        total_steps=run.total_steps,
-        tokens_before=describe.tokens_seen,
-        flops_before=functools.partial(flops_before, model, programme),
-        sparse_layers=model.router_layers,
-      )
-    )
+    step_fn = functools.partial(watch.guard(train_step), **fixed)
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, replicated))
+    labels = {'tokens_before': describe.tokens_seen, 'sparse_layers': model.router_layers}
+    labels |= {'flops_before': functools.partial(flops_before, model, programme)}
+    writer = opened.enter_context(MetricsWriter(run.model_dir, first, run.total_steps, **labels))
     watch.open(run.model_dir, first, metadata.get('health'), writer.note)
     if start is not None:
       writer.note(f'Resumed from checkpoint_{start}.')

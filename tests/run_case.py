@@ -92,7 +92,8 @@ def curve(model_dir) -> list[tuple[int, float, float]]:
 
 def timeless(model_dir) -> list[dict]:
   """All records of a run without what the clock decides, which a repetition has alike."""
-  return [{k: v for k, v in r.items() if k not in TIMED} for r in read_records(model_dir)]
+  plain = lambda v: repr(v) if v != v else v  # nan equals nothing, itself included
+  return [{k: plain(v) for k, v in r.items() if k not in TIMED} for r in read_records(model_dir)]
 
 
 def child(code: str, *arguments: object, **options) -> subprocess.Popen:

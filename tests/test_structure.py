@@ -192,6 +192,7 @@ SPEAK_JSON = (
   'openmoe/checkpoint/safe_json.py',
   'openmoe/inference/template.py',
   'openmoe/inference/template_worker.py',
+  'openmoe/running/keeper.py',
   'tasks/evaluation/judge.py',
   'tasks/evaluation/sandbox.py',
   'tasks/evaluation/warden.py',

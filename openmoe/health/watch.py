@@ -77,7 +77,8 @@ class Watch:
   def see(self, scalars: Mapping[str, float], stats: RouterStats | None) -> dict[str, float]:
     """Takes the scalars and router statistics of every step in turn; gives the routers' scalars."""
     for name in _PEAKS:
-      self._peaks[name] = max(self._peaks.get(name, -math.inf), scalars[name])
+      value = scalars[name] if math.isfinite(scalars[name]) else math.inf
+      self._peaks[name] = max(self._peaks.get(name, -math.inf), value)
     if self._controlled:
       self._skipped['steps'] += 1
       self._skipped['here'] += int(scalars['skipped'])
@@ -170,8 +171,8 @@ class Watch:
     rows = dead if isinstance(dead, list) and all(_whole_numbers(row) for row in dead) else []
     if len({len(row) for row in rows}) == 1:
       self._dead.steps_le = np.array(rows, np.int64)
-    if isinstance(peaks, dict) and all(type(peaks.get(n)) is float for n in _PEAKS):
-      self._peaks = {n: peaks[n] for n in _PEAKS}
+    if isinstance(peaks, dict) and all(_is_peak(peaks.get(n)) for n in _PEAKS):
+      self._peaks = {n: float(peaks[n]) for n in _PEAKS}
     if isinstance(skipped, dict) and _whole_numbers([skipped.get(n) for n in self._skipped]):
       self._skipped = {n: skipped[n] for n in self._skipped}
 
@@ -182,7 +183,7 @@ class Watch:
       'health': {
         'rules': self._monitor.state(),
         'dead_steps': [] if dead is None else dead.tolist(),
-        'peaks': dict(self._peaks),
+        'peaks': {n: repr(v) for n, v in self._peaks.items()},  # JSON has no inf
         'skipped': dict(self._skipped),
       }
     }
@@ -205,6 +206,13 @@ class Watch:
 
 def _whole_numbers(values: object) -> bool:
   return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**53 for v in values)
+
+
+def _is_peak(value: object) -> bool:
+  try:
+    return isinstance(value, str) and not math.isnan(float(value))
+  except ValueError:
+    return False
 
 
 def _stopped(event: Event, saved: int | None) -> str:

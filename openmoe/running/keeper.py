@@ -203,7 +203,7 @@ def starts_of(run_dir: str | None) -> list[tuple[int, int]]:
     try:
       record = json.loads(line)
       kind, step = record['kind'], int(record['step'])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
       continue
     if kind == 'start':
       found.append((0, 0))

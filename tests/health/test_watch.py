@@ -164,6 +164,14 @@ def test_records_hold_peaks_of_the_steps_between_and_dead_times(tmp_path):
   assert 'skipped_fraction' not in first
 
 
+def test_a_step_that_is_not_finite_is_a_peak_and_survives_json(tmp_path):
+  at = watch(tmp_path)
+  at.see({'loss': math.nan, 'grad_norm': 1.0}, None)
+  state = json.loads(json.dumps(at.state(), allow_nan=False))['health']
+  again = watch(tmp_path, state=state)
+  assert again.summary()['loss_max'] == math.inf
+
+
 def test_a_stop_names_the_rule_the_value_and_the_last_good_checkpoint(tmp_path):
   rule = dataclasses.replace(SPIKE, action='stop', why='Too large.')
   with pytest.raises(Unhealthy) as error:
@@ -242,7 +250,8 @@ def test_a_watch_that_is_interrupted_anywhere_decides_the_same(tmp_path):
   'state',
   [
     3, [], {'rules': 3}, {'dead_steps': 'a'}, {'dead_steps': [[1], [1, 2]]},
-    {'dead_steps': [['a']]}, {'peaks': {'loss': 'a'}}, {'skipped': {'steps': -1}},
+    {'dead_steps': [['a']]}, {'skipped': {'steps': -1}},
+    {'peaks': {'loss': 'a', 'grad_norm': 'nan'}},
   ],
 )  # fmt: skip
 def test_a_checkpoint_that_says_odd_things_of_health_is_taken_up_without(tmp_path, state):
