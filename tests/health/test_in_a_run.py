@@ -15,7 +15,6 @@ from openmoe.health import HealthConfig, Rule
 from openmoe.health.watch import EVENTS, Unhealthy
 from openmoe.layers.moe.layer import route_groups
 from openmoe.observe.metrics import read_records
-from openmoe.running.observation import look_before_saving
 from openmoe.running.probe import Probe, nonfinite_experts, saturation
 from tests.run_case import arguments, corpus, source_of, timeless
 
@@ -129,18 +128,16 @@ def test_a_state_that_is_none_of_ours_counts_as_nothing(state):
 
 
 def test_an_expert_that_is_not_finite_is_never_saved(source, tmp_path, monkeypatch):
-  seen = []
+  looks = []
 
-  def poison(at):
-    if at.step == 8:
-      seen.append(at.checkpointer.newest())
-      at.probe = lambda params, follow: {'nonfinite_experts': 1.0}
-    return look_before_saving(at)
+  def look(self, params, follow):
+    looks.append(follow)
+    return {'nonfinite_experts': float(len(looks) == 2)}
 
-  monkeypatch.setattr(train_lib, 'look_before_saving', poison)
+  monkeypatch.setattr(Probe, '__call__', look)
   with pytest.raises(Unhealthy, match='nonfinite_expert at step 8.*checkpoint_4'):
     train_lib.train(**arguments(tmp_path, source))
-  assert seen == [4]
+  assert looks == [True, True]
   assert not (tmp_path / 'checkpoint_8').exists()
 
 
