@@ -114,7 +114,7 @@ def train(
     describe = RunMetadata(run, model, optimizer, programme)
     start = checkpointer.latest_step()
     if jax.process_index() == 0:
-      write_run_record(run.model_dir, config_text, start or 0, programme.lengths())
+      write_run_record(run.model_dir, config_text, start or 0, stages=programme.lengths())
       describe.keep_vocabulary()
     first = start if start is not None else initial_step(run)
     timeline.enter('data', first)

@@ -97,8 +97,8 @@ def write_run_record(
   model_dir: str | os.PathLike,
   gin_config: str,
   start_step: int = 0,
-  stages: Sequence[tuple[str, int]] = (),
   note: Note = logging.warning,
+  stages: Sequence[tuple[str, int]] = (),
 ) -> dict[str, Any]:
   """Writes config.gin, and adds this start to the list in run.json.
 
@@ -110,8 +110,8 @@ def write_run_record(
     model_dir: run directory.
     gin_config: the operative configuration.
     start_step: step that this start continues from.
-    stages: name and steps of each.
     note: receives what went wrong, as one line of text each.
+    stages: name and steps of each.
 
   Returns:
     The record of this start, describe_run() and the step. Processes other than 0 write nothing.

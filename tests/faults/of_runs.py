@@ -20,7 +20,10 @@ from openmoe.data.files import DamagedFile
 from openmoe.data.fingerprint import changed_files
 from openmoe.data.sources import TextFiles
 from openmoe.data.stream import ShardedStream
+from openmoe.health import HealthConfig
+from openmoe.health.watch import Watch
 from openmoe.models import empty_batch
+from openmoe.observe.timeline import Timeline
 from openmoe.running import rollcall
 from openmoe.running.cluster import Place
 from openmoe.running.lease import DirectoryInUse, Lease
@@ -290,9 +293,13 @@ def step_with(bench, **scalars):
   metrics = {'scalars': {'loss': 1.0, 'grad_norm': 1.0} | scalars, 'router': None}
   batch = jax.tree.map(np.asarray, empty_batch(2, 8))
   written = []
-  writer = types.SimpleNamespace(write=lambda step, values: written.append(step))
+  writer = types.SimpleNamespace(
+    write=lambda step, values: written.append(step) or {'step': step, 'kind': 'train'}
+  )
   newest = types.SimpleNamespace(newest=lambda: 4)
-  record_step(run, 6, metrics, batch, writer, newest)
+  watch = Watch(HealthConfig(), Timeline(bench.run, print))
+  at = types.SimpleNamespace(run=run, writer=writer, checkpointer=newest, watch=watch)
+  record_step(at, 6, metrics, batch)
   return written
 
 
