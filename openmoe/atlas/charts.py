@@ -205,15 +205,23 @@ def _draw_plain(axes: Axes, chart: Chart, paint) -> None:
   axes.set_ylabel(chart.y_label)
   if chart.kind == 'bars':
     _draw_bars(axes, chart, paint)
-  for i, series in enumerate(chart.series if chart.kind != 'bars' else ()):
-    style = _style_of(i, series, paint)
+  measured = [series for series in chart.series if not series.chance]
+  told = False  # once in the legend, however many nulls there are
+  for series in chart.series if chart.kind != 'bars' else ():
+    style = _style_of(
+      0 if series.chance else next(i for i, s in enumerate(measured) if s is series), series, paint
+    )
+    label = series.label
+    if series.chance and 'shuffled' in label:
+      label, told = None if told else 'shuffled', True
     x, y = np.asarray(series.x, float), np.asarray(series.y, float)
     if chart.kind == 'dots':
-      axes.plot(x, y, '.', ms=3.5, color=style['color'], label=series.label)
+      axes.plot(x, y, '.', ms=3.5, color=style['color'], label=label)
       continue
     if series.low is not None:
       axes.fill_between(x, series.low, series.high, color=style['color'], alpha=0.16, lw=0)
-    axes.plot(x, y, marker='o' if len(x) <= 24 else None, ms=3.5, label=series.label, **style)
+    marker = 'o' if len(x) <= 24 and not series.chance else None
+    axes.plot(x, y, marker=marker, ms=3.5, label=label, **style)
   if chart.level is not None:
     level, name = chart.level
     axes.axhline(level, color=paint(page.MUTED), lw=1.2, ls=(0, (3, 2)), label=name)

@@ -44,21 +44,28 @@ def entropy(counts: np.ndarray, axis: int = -1) -> np.ndarray:
 def mutual_information(counts_Ve: np.ndarray) -> dict[str, float]:
   """Between the two sides of a table, bits.
 
-  I = H(V) + H(E) - H(V, E). Chance alone gives (V - 1)(E - 1) / (2 N ln 2) for V and E values that
-  occur among N independent samples; that is `bias`, and `corrected` is without it (it may be below
-  0). `normalised` is corrected / H(E).
+  I = H(V) + H(E) - H(V, E). What chance alone adds is (C - V - E + 1) / (2 N ln 2) for C cells, V
+  rows and E columns that are filled, of N independent samples (Miller and Madow): `bias`, which
+  `corrected` is without. `published_bias` is Marin's (V - 1)(E - 1) / (2 N ln 2), which takes all
+  cells for possible: the same where every row meets every column, and far too much where a row
+  decides its column. `normalised` is corrected / H(E). Rows that are seen a few times only escape
+  both; compare with a shuffle.
   """
   total = float(counts_Ve.sum())
   if not total:
-    return dict.fromkeys(('plug_in', 'bias', 'corrected', 'normalised', 'entropy'), float('nan'))
+    names = ('plug_in', 'bias', 'published_bias', 'corrected', 'normalised', 'entropy')
+    return dict.fromkeys(names, float('nan'))
   of_rows, of_columns = counts_Ve.sum(axis=1), counts_Ve.sum(axis=0)
   h_e = float(entropy(of_columns))
   plug_in = float(entropy(of_rows)) + h_e - float(entropy(counts_Ve.ravel()))
-  bias = ((of_rows > 0).sum() - 1) * ((of_columns > 0).sum() - 1) / (2 * total * np.log(2))
+  rows, columns = int((of_rows > 0).sum()), int((of_columns > 0).sum())
+  cells, scale = int((counts_Ve > 0).sum()), 2 * total * np.log(2)
+  bias = (cells - rows - columns + 1) / scale
   corrected = plug_in - float(bias)
   return {
     'plug_in': plug_in,
     'bias': float(bias),
+    'published_bias': float((rows - 1) * (columns - 1) / scale),
     'corrected': corrected,
     'normalised': corrected / h_e if h_e else 0.0,
     'entropy': h_e,

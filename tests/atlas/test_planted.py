@@ -49,6 +49,7 @@ def test_a_router_of_token_ids(token):
   first = token.tally(0, token.token(), top=1).sum(axis=0)
   told = estimators.mutual_information(first)
   assert told['plug_in'] == pytest.approx(told['entropy'], abs=1e-9)
+  assert told['normalised'] == pytest.approx(1.0, abs=0.01)
   agreement = estimators.agreement_of_pairs(counts, K)
   np.testing.assert_allclose(agreement[np.isfinite(agreement)], 1.0)
   np.testing.assert_allclose(estimators.sigma(counts), 0.1210307, atol=1e-6)
@@ -56,8 +57,21 @@ def test_a_router_of_token_ids(token):
 
 
 def test_the_previous_token_adds_nothing_where_the_id_decides(token):
-  single, pair = (tokens._information(token, 0, give) for give in (False, True))
-  assert pair['plug_in'] - single['plug_in'] == pytest.approx(0, abs=0.01)
+  single, more = tokens.conditional(token, 0)
+  assert single['corrected'] == pytest.approx(single['entropy'], abs=0.02)
+  assert more == pytest.approx(0, abs=0.01)
+
+
+def test_the_previous_token_is_found_where_it_decides(tmp_path):
+  """Experts are a function of the token before: all of its information is conditional on x."""
+  before = lambda t: np.concatenate([[0], t[:-1]])
+  table = np.stack([np.random.default_rng(3).permutation(8)[:2] for _ in range(12)])
+  texts = case.documents(40, 300, vocab=12)
+  study = case.planted(tmp_path / 'r', [lambda t, p: table[before(t)]], experts=8, vocab=12,
+                       texts=texts)  # fmt: skip
+  single, more = tokens.conditional(study, 0)
+  assert single['corrected'] == pytest.approx(0, abs=0.02)
+  assert more == pytest.approx(single['entropy'], rel=0.03)
 
 
 def test_a_router_of_positions(position):
@@ -67,7 +81,8 @@ def test_a_router_of_positions(position):
   null = estimators.mutual_information(
     position.tally(0, position.token(), top=1, null=True).sum(axis=0)
   )
-  assert told['plug_in'] == pytest.approx(told['bias'], rel=0.25)
+  assert told['plug_in'] == pytest.approx(told['published_bias'], rel=0.25)
+  assert told['bias'] <= told['published_bias']
   assert told['plug_in'] == pytest.approx(null['plug_in'], rel=0.1)
   assert abs(told['normalised']) < 0.05
 

@@ -196,15 +196,16 @@ def layer_profile(study: Study) -> Analysis:
       ]
     parts.append(Chart(f'profile_{kind}', f'Information about the first choice, {kind}', 'lines',
                        AS_DEFINED, 'layer', 'I / H(E)', tuple(series), percent=True,
-                       note='Chance subtracted by (V-1)(E-1)/(2 N ln 2).'))  # fmt: skip
+                       note='Chance subtracted by filled cells (Miller and Madow).'))  # fmt: skip
   head = ('router', 'about', 'I / H(E)', '95 %', 'shuffled')
   return Analysis(
     'profile',
     'What does each layer route by?',
     'Information about the first choice as a share of its entropy: 100 % where the quantity '
     'decides the expert. In other models the curve over depth is U-shaped.',
-    'Quantities overlap: a domain tells token ids. The subtraction of chance is exact for many '
-    'tokens only; resampled documents repeat, which pushes the intervals of the token id up.',
+    'Quantities overlap: a domain tells token ids. Ids that are seen a few times look decided: '
+    'what that gives is the shuffled line, to be taken off. Resampled documents repeat, which '
+    'pushes intervals up.',
     (*parts, Table('profile', 'All routers', AS_DEFINED, head, rows)),
   )
 

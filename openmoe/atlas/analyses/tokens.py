@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -255,8 +256,7 @@ def context(study: Study) -> Analysis:
     low, high = interval(table, value, 50)
     chance = value(summed(study.tally(i, key, null=True)))
     own, own_chance = value(summed(table)), chance
-    single, pair = (_information(study, i, give) for give in (False, True))
-    more = pair['corrected'] - single['corrected']
+    single, more = conditional(study, i)
     rows.append([router, f'{own:.3f}', f'{low:.3f} to {high:.3f}', f'{own_chance:.3f}',
                  f'{single["corrected"]:.3f}', f'{more:.3f}',
                  f'{single["entropy"]:.3f}'])  # fmt: skip
@@ -268,7 +268,8 @@ def context(study: Study) -> Analysis:
     series.append(Series(f'{kind}, shuffled', layer.tolist(), chance, chance=True))
   head = ('router', 'agreement', '95 %', 'shuffled', 'I(x; e)', 'I(previous; e | x)', 'H(e)')
   note = f'Agreement over pairs of occurrences, ids with at least {LEAST_PAIR}. Information of the '
-  note += f'first choice in bits, chance subtracted, over the {_FREQUENT} most frequent ids.'
+  note += 'first choice in bits, chance subtracted, of pairs with the token before that occur at '
+  note += f'least {LEAST_PAIR} times among the {_FREQUENT} most frequent ids.'
   return Analysis(
     'context',
     'Does the context change the route of a token?',
@@ -283,10 +284,17 @@ def context(study: Study) -> Analysis:
   )  # fmt: skip
 
 
-def _information(study: Study, router: int, give_previous: bool) -> dict[str, float]:
-  """Of the first choice with (previous,) token, over the same tokens."""
-  key = bigrams(study, give_previous)
-  return estimators.mutual_information(summed(study.tally(router, key, top=1)))
+def conditional(study: Study, router: int) -> tuple[dict[str, float], float]:
+  """(I(x; e), I(previous; e | x)) of the first choice over the same tokens, bits.
+
+  Of pairs that occur at least LEAST_PAIR times: in rarer ones every choice looks decided.
+  """
+  pairs = summed(study.tally(router, bigrams(study, True), top=1))
+  pairs = np.where(pairs.sum(axis=1, keepdims=True) >= LEAST_PAIR, pairs, 0)
+  n = math.isqrt(len(pairs))
+  single = estimators.mutual_information(pairs.reshape(n, n, -1).sum(axis=0))
+  pair = estimators.mutual_information(pairs)
+  return single, pair['corrected'] - single['corrected']
 
 
 CLASSES = ('word start', 'continuation', 'digits', 'punctuation', 'upper case', 'new line', 'other')
