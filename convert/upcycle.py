@@ -109,6 +109,9 @@ def upcycle(dense: PyTree, config: ModelConfig, seed: int, noise: float = 0.0) -
     if path.endswith('router/kernel'):
       params[path] = rng.normal(0, config.moe.router_init_std, leaf.shape).astype(np.float32)
       continue
+    if path.endswith('router/bias'):  # of choices, as a new router has it
+      params[path] = np.zeros(leaf.shape, np.float32)
+      continue
     match config.architecture:
       case Architecture.OPENMOE:
         value = _openmoe(path, flat, config)

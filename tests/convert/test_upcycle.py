@@ -12,7 +12,7 @@ import pytest
 
 from convert.upcycle import dense_config, logit_difference, upcycle
 from openmoe.config import ConfigError, ModelConfig, MoEConfig
-from openmoe.models import build_model, empty_batch
+from openmoe.models import abstract_params, build_model, empty_batch
 from openmoe.train_step import loss_fn
 from openmoe.types import Batch
 
@@ -108,3 +108,21 @@ def test_another_size_is_refused():
     upcycle(wrong, OPENMOE, 0)
   with pytest.raises(ConfigError, match='has no experts'):
     dense_config(dense_config(OPENMOE))
+
+
+@pytest.mark.parametrize('config', [OPENMOE, JETMOE], ids=['openmoe', 'jetmoe'])
+def test_a_bias_of_choices_begins_at_zero(config):
+  moe = dataclasses.replace(config.moe, balance_loss='loss_free')
+  config = dataclasses.replace(config, moe=moe)
+  shapes = lambda tree: {
+    path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree, sep='/').items()
+  }
+  dense = jax.tree.map(lambda x: np.ones(x.shape), abstract_params(dense_config(config))[0])
+  params = upcycle(dense, config, seed=0)
+  assert shapes(params) == shapes(abstract_params(config)[0])
+  biases = [
+    x
+    for path, x in flax.traverse_util.flatten_dict(params, sep='/').items()
+    if path.endswith('router/bias')
+  ]
+  assert biases and not any(x.any() for x in biases)
