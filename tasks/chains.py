@@ -50,12 +50,13 @@ def label(dataset: tf.data.Dataset, source: str) -> tf.data.Dataset:
   return dataset.map(plain(lambda example: {**example, 'source': tf.constant(source)}))
 
 
-def objective_steps(objective: str, mode: Mode) -> list:
+def objective_steps(objective: str, mode: Mode, corpus: str | None = None) -> list:
   """The preprocessors after the cache, for one of OBJECTIVES."""
   if objective == 'full_lm':
-    step = functools.partial(full_lm, mode=mode)
+    step = functools.partial(full_lm, mode=mode, corpus=corpus)
   else:
-    step = functools.partial(ul2_objective, mode=mode, mode_prefixes=objective == 'ul2')
+    prefixes = objective == 'ul2'
+    step = functools.partial(ul2_objective, mode=mode, mode_prefixes=prefixes, corpus=corpus)
   # The fixed mode counts its EOS in the lengths; trimming is what breaks the released examples.
   trim = [seqio.preprocessors.append_eos_after_trim] if mode is Mode.REFERENCE else []
   return [step, *trim]
@@ -86,7 +87,7 @@ def add_corpus(
           functools.partial(take_text, text_field=text_field),
           functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
           seqio.CacheDatasetPlaceholder(),
-          *objective_steps(objective, mode),
+          *objective_steps(objective, mode, corpus),
           functools.partial(label, source=corpus),
         ],
         output_features=output_features(vocabulary),

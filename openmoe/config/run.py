@@ -33,6 +33,7 @@ class DataConfig:
     pack: several examples to a row.
     use_cached: read what scripts.cache_tasks wrote.
     num_epochs: None repeats forever.
+    exclude: file that lists documents to leave out, see openmoe/data/exclusion.py.
   """
 
   mixture_or_task_name: str
@@ -45,6 +46,7 @@ class DataConfig:
   pack: bool = True
   use_cached: bool = False
   num_epochs: int | None = None
+  exclude: str | None = None
 
   def __post_init__(self):
     check_fields(self, zero=('seed',))

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 import seqio
 import tensorflow as tf
 
+from openmoe.data.exclusion import EXCLUDED, numbers_of
+
 # Longest run of one document the released pipeline keeps in a pass, and documents it joins.
 RELEASED_MAX_TOKENS = 65536
 RELEASED_GROUP = 128
@@ -31,7 +33,9 @@ def drop_empty(dataset: tf.data.Dataset) -> tf.data.Dataset:
   return dataset.filter(lambda document: tf.size(document['targets']) > 0)
 
 
-def continuous_blocks(dataset: tf.data.Dataset, block_length: int, eos_id: int) -> tf.data.Dataset:
+def continuous_blocks(
+  dataset: tf.data.Dataset, block_length: int, eos_id: int, corpus: str | None = None
+) -> tf.data.Dataset:
   """Blocks of block_length tokens of the stream doc EOS doc EOS ...
 
   No token is lost and none is added but the separators. Only the end of a finite dataset gives a
@@ -41,11 +45,15 @@ def continuous_blocks(dataset: tf.data.Dataset, block_length: int, eos_id: int) 
     dataset: tokenised documents.
     block_length: tokens of a block.
     eos_id: put after every document.
+    corpus: name of the corpus, to leave documents out.
 
   Returns:
     {'tokens': int32 [block_length], 'documents': int64 [block_length], 'length': int32 []}:
-    `documents` holds the id of the document each token came from, UNKNOWN_DOCUMENT without ids.
+    `documents` holds the id of the document each token came from, UNKNOWN_DOCUMENT without ids,
+    EXCLUDED of one that is to be left out.
   """
+
+  excluded = sorted(numbers_of(corpus))
 
   @plain
   def with_end(document):
@@ -54,6 +62,9 @@ def continuous_blocks(dataset: tf.data.Dataset, block_length: int, eos_id: int) 
     end = tf.constant([eos_id], tf.int32)[: tf.minimum(tf.size(tokens), 1)]
     tokens = tf.concat([tokens, end], axis=0)
     number = tf.cast(document.get('document_id', UNKNOWN_DOCUMENT), tf.int64)
+    if excluded:
+      left_out = tf.reduce_any(number == tf.constant(excluded, tf.int64))
+      number = tf.where(left_out, tf.constant(EXCLUDED, tf.int64), number)
     return tokens, tf.fill(tf.shape(tokens), number), False
 
   # A scan has no end-of-input hook; one last element tells it to give what it still holds.

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from openmoe.config import ConfigError, parse_enum
 from openmoe.data import concat
+from openmoe.data.exclusion import EXCLUDED
 from openmoe.data.ul2 import Mode
 
 
@@ -23,6 +24,7 @@ def full_lm(
   sequence_length: Mapping[str, int],
   output_features: Mapping[str, seqio.Feature],
   mode: Mode | str = Mode.FIXED,
+  corpus: str | None = None,
 ) -> tf.data.Dataset:
   """Chunks {'targets': int32 [sequence_length['targets']]}, from tokenised documents.
 
@@ -31,6 +33,7 @@ def full_lm(
     sequence_length: {'targets': tokens of a chunk}; inputs would stay empty and are refused.
     output_features: their vocabulary gives EOS.
     mode: see the module's text.
+    corpus: name of the corpus, to leave documents out.
 
   Returns:
     {'targets'}; fixed mode adds 'objective' (0) and 'document_ids' as ul2_objective does.
@@ -49,16 +52,17 @@ def full_lm(
   length = sequence_length['targets']
   eos_id = output_features['targets'].vocabulary.eos_id
   if mode is Mode.FIXED:
-    blocks = concat.continuous_blocks(dataset, length, eos_id)
+    blocks = concat.continuous_blocks(dataset, length, eos_id, corpus)
 
     @seqio.map_over_dataset
     def fixed(block):
       size = block['length']
       ends = tf.stack([block['documents'][0], block['documents'][size - 1]])
+      left_out = tf.reduce_any(block['documents'][:size] == EXCLUDED)
       return {
         'targets': block['tokens'][:size],
         'objective': tf.constant(0, tf.int32),
-        'document_ids': ends,
+        'document_ids': tf.where(left_out, tf.constant(EXCLUDED, tf.int64), ends),
       }
 
     return fixed(blocks)

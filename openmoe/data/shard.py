@@ -8,6 +8,7 @@ on restore) together with the examples and rows it has read but not yet given.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -15,14 +16,14 @@ import json
 import math
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
 from openmoe.config import ConfigError, DataConfig
-from openmoe.data import cache, features, position
+from openmoe.data import cache, exclusion, features, position
 from openmoe.data.concat import plain
 from openmoe.data.features import Example, Row
 from openmoe.data.sources import TextFiles
@@ -95,6 +96,8 @@ def signature(config: DataConfig) -> dict[str, object]:
   """What a saved position is only valid for. The batch size is not part: shards give rows."""
   fields = dataclasses.asdict(config)
   del fields['batch_size']
+  if fields.pop('exclude'):
+    fields |= {'exclude': config.exclude, 'exclude_digest': exclusion.load(config.exclude).digest}
   fields['task_feature_lengths'] = dict(config.task_feature_lengths)
   fields['rates'] = rates(find_provider(config.mixture_or_task_name))
   return fields
@@ -108,7 +111,7 @@ def saved_config(state: bytes, tokens_per_step: int) -> DataConfig:
   """
   fields = position.read(state, 'a shard')[1]['signature']
   try:
-    fields = {key: value for key, value in fields.items() if key != 'rates'}
+    fields = {k: v for k, v in fields.items() if k not in ('rates', 'exclude_digest')}
     batch_size = tokens_per_step // sum(fields['task_feature_lengths'].values())
     return DataConfig(batch_size=batch_size, **fields)
   except (TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
@@ -124,6 +127,17 @@ def _use_for_data_only() -> None:
   tf.config.set_visible_devices([], 'GPU')
   tf.config.set_visible_devices([], 'TPU')
   tf.config.optimizer.set_experimental_options({'disable_meta_optimizer': True})
+
+
+def _number(source: TextFiles | None, split: str, name: str | int) -> int:
+  """The number of a document of a list of those to exclude."""
+  if isinstance(name, int):
+    return name
+  if source is None:
+    raise ConfigError(
+      f'The document {name!r} to be excluded is of no text file of this mixture; give its number.'
+    )
+  return source.number_of(split, name)
 
 
 class Shard:
@@ -185,13 +199,33 @@ class Shard:
     if isinstance(self._provider, seqio.Mixture):
       arguments['passthrough_features'] = PROVENANCE
       arguments['log_mixing_proportions'] = False
-    dataset = self._provider.get_dataset(**arguments)
+    with self._without_excluded():
+      dataset = self._provider.get_dataset(**arguments)
     dataset = dataset.map(plain(self._select)).ragged_batch(_GROUP).prefetch(2)
     options = tf.data.Options()
     options.deterministic = True
     # Buffers that grow with the memory they find would grow the saved position as well.
     options.autotune.ram_budget = 256 << 20
     return dataset.with_options(options)
+
+  @contextlib.contextmanager
+  def _without_excluded(self) -> Iterator[None]:
+    if self._config.exclude is None:
+      yield
+      return
+    listed = exclusion.load(self._config.exclude).documents
+    sources = {corpus: self._source_of(corpus) for corpus in listed}
+    split = self._config.split
+    numbers = {
+      corpus: frozenset(_number(sources[corpus], split, name) for name in names)
+      for corpus, names in listed.items()
+    }
+    with exclusion.applied(numbers, self._config.mixture_or_task_name):
+      yield
+
+  def _source_of(self, corpus: str) -> TextFiles | None:
+    tasks = (task for task in self._tasks if task.name.startswith(f'{corpus}_'))
+    return next((t.source for t in tasks if isinstance(t.source, TextFiles)), None)
 
   @property
   def _tasks(self) -> list[seqio.Task]:
@@ -243,9 +277,9 @@ class Shard:
     sources = group['source'].numpy()
     documents, objectives = group['document_ids'].numpy(), group['objective'].numpy()
     for i, (inputs, targets) in enumerate(zip(sides['inputs'], sides['targets'], strict=True)):
-      if not len(targets):
-        continue  # nothing to predict: no loss, no row
       ids = (int(documents[i, 0]), int(documents[i, 1]))
+      if not len(targets) or ids[0] == exclusion.EXCLUDED:
+        continue  # nothing to predict, or not to be trained on: no loss, no row
       label = sources[i].decode()
       self._examples.append(Example(inputs, targets, label, ids, int(objectives[i])))
 
@@ -336,6 +370,8 @@ class Shard:
     """
     arrays, header = position.read(state, self.name)
     mine = json.loads(json.dumps(signature(self._config)))
+    for name in ('exclude', 'exclude_digest'):  # the list may change: all else stays in its place
+      mine.pop(name, None)
     differing = {k: (header['signature'].get(k), v) for k, v in mine.items()
                  if header['signature'].get(k) != v}  # fmt: skip
     if header['shard'] != self._shard:

@@ -110,6 +110,22 @@ class TextFiles(seqio.DataSource):
     file, record = document_id >> _RECORD_BITS, document_id & ((1 << _RECORD_BITS) - 1)
     return f'{names[file]}:{record + 1}' if 0 <= file < len(names) else f'document {document_id}'
 
+  def number_of(self, split: str, name: str) -> int:
+    """The number of a document that describe() names so; the end of its path is enough.
+
+    Raises:
+      ConfigError: no file, or several, are named so.
+    """
+    path, _, record = name.rpartition(':')
+    names = self.list_shards(split)
+    found = [i for i, file in enumerate(names) if f'/{file}'.endswith(f'/{path.lstrip("/")}')]
+    if len(found) != 1 or not record.isdigit() or not int(record):
+      raise ConfigError(
+        f'{name} names {len(found)} documents of this corpus; give FILE:RECORD, records from 1, '
+        'with so much of the path that one file is meant.'
+      )
+    return found[0] * (1 << _RECORD_BITS) + int(record) - 1
+
   def get_dataset(
     self,
     split: str = 'train',

@@ -28,6 +28,7 @@ import tensorflow as tf
 
 from openmoe.config import ConfigError, parse_enum
 from openmoe.data import concat, spans
+from openmoe.data.exclusion import EXCLUDED
 
 
 class Mode(enum.Enum):
@@ -140,6 +141,7 @@ def ul2_objective(
   mode: Mode | str = Mode.FIXED,
   denoisers: Sequence[Denoiser] = DENOISERS,
   mode_prefixes: bool = True,
+  corpus: str | None = None,
 ) -> tf.data.Dataset:
   """Examples {'inputs', 'targets'} of the denoiser mixture, from tokenised documents.
 
@@ -150,6 +152,7 @@ def ul2_objective(
     mode: see the module's text.
     denoisers: the mixture.
     mode_prefixes: False for the noprefix tasks.
+    corpus: name of the corpus, to leave documents out (fixed mode).
 
   Returns:
     {'inputs', 'targets': int32 [...]}; fixed mode adds 'objective': int32 [], the index into
@@ -164,8 +167,8 @@ def ul2_objective(
       f"task_feature_lengths={told}: UL2 needs both, as {{'inputs': 1024, 'targets': 1024}}."
     )
   mode = parse_enum(Mode, mode, 'ul2_objective.mode')
-  build = _fixed if mode is Mode.FIXED else _reference
-  return build(dataset, sequence_length, output_features, tuple(denoisers), mode_prefixes)
+  given = dataset, sequence_length, output_features, tuple(denoisers), mode_prefixes
+  return _fixed(*given, corpus) if mode is Mode.FIXED else _reference(*given)
 
 
 def block_counts(denoisers: Sequence[Denoiser]) -> list[int]:
@@ -183,7 +186,7 @@ def block_counts(denoisers: Sequence[Denoiser]) -> list[int]:
   return [count // divisor for count in counts]
 
 
-def _fixed(dataset, sequence_length, output_features, denoisers, mode_prefixes):
+def _fixed(dataset, sequence_length, output_features, denoisers, mode_prefixes, corpus):
   vocabulary = output_features['targets'].vocabulary
   prefixes = [_prefix_ids(d, output_features, mode_prefixes) for d in denoisers]
   lengths = [
@@ -200,7 +203,7 @@ def _fixed(dataset, sequence_length, output_features, denoisers, mode_prefixes):
     vocabulary.eos_id,
   )
   denoise = _block_denoiser(plan)
-  blocks = concat.continuous_blocks(dataset, plan.block_length, plan.eos_id)
+  blocks = concat.continuous_blocks(dataset, plan.block_length, plan.eos_id, corpus)
 
   @seqio.map_over_dataset(num_seeds=1)
   @concat.plain
@@ -299,11 +302,15 @@ def _block_denoiser(plan: _Plan):
     full = tf.boolean_mask(order, starts + 1 < length)
     last = start_of_slot + tf.maximum(sizes, 1) - 1
     ends = tf.minimum(tf.stack([start_of_slot, last], axis=1), length - 1)
+    left_out = tf.cumsum(tf.cast(documents == EXCLUDED, tf.int32))
+    left_out = tf.concat([[0], left_out], axis=0)
+    touched = tf.gather(left_out, ends[:, 1] + 1) > tf.gather(left_out, ends[:, 0])
+    ids = tf.where(touched[:, None], tf.constant(EXCLUDED, tf.int64), tf.gather(documents, ends))
     return {
       'inputs': tf.gather(_joined(inputs), full),
       'targets': tf.gather(_joined(targets), full),
       'objective': tf.gather(tf.constant(kinds, tf.int32), full),
-      'document_ids': tf.gather(tf.gather(documents, ends), full),
+      'document_ids': tf.gather(ids, full),
     }
 
   vector = tf.TensorSpec([plan.block_length], tf.int32)

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from openmoe.data import exclusion
 from openmoe.data.fingerprint import data_files
 from openmoe.data.vocabulary import vocabulary_file
 from openmoe.observe.record import package_versions
@@ -72,6 +73,8 @@ def _data_facts(arguments: Mapping[str, Any]) -> dict[str, str]:
       name = f'data file {pathlib.PurePath(path).name}'
       parts = {*found.get(name, '').split(), told or 'remote'}
       found[name] = ' '.join(sorted(parts))
+    if config.exclude:
+      found[f'excluded documents of {config.split}'] = exclusion.load(config.exclude).digest
     if file := vocabulary_file(config.mixture_or_task_name):
       found['vocabulary'] = hashlib.sha256(file.content).hexdigest()[:16]
   return found

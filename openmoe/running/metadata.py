@@ -9,6 +9,7 @@ from typing import Any
 
 from openmoe.checkpoint import description
 from openmoe.config import ConfigError, Dispatch, ModelConfig, OptimizerConfig, TrainConfig
+from openmoe.data import exclusion
 from openmoe.data.fingerprint import changed_files, data_files
 from openmoe.data.vocabulary import vocabulary_file
 from openmoe.programme import Programme
@@ -77,8 +78,10 @@ class RunMetadata:
       objective='prefix' if 'inputs' in data.task_feature_lengths else 'causal',
       tokens_seen=self.tokens_seen(step),
     )
-    validation = {'validation': self._validated[1]} if self._validated[0] == step else {}
-    return validation | {
+    more = {'excluded': exclusion.load(data.exclude).plain()} if data.exclude else {}
+    if self._validated[0] == step:
+      more['validation'] = self._validated[1]
+    return more | {
       'tokens_seen': self.tokens_seen(step),
       'stage': stage.name,
       'mixture': data.mixture_or_task_name,
