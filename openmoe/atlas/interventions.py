@@ -107,7 +107,7 @@ def report(found: Losses) -> Analysis:
   parts: list[Any] = [Table('intervention', 'Losses', AS_DEFINED, head, rows,
                             'Nats per next token; differences paired by document.')]  # fmt: skip
   if series:
-    parts.append(Chart('intervention', 'Change of the loss', 'bars', AS_DEFINED, 'documents',
+    parts.append(Chart('intervention_change', 'Change of the loss', 'bars', AS_DEFINED, 'documents',
                        'nats per token', tuple(series), (0.0, 'no change')))  # fmt: skip
   return Analysis(
     'intervention',

@@ -156,7 +156,7 @@ def coupling(study: Study) -> Analysis | None:
     (
       Chart('coupling', 'Information between routers', 'lines', AS_DEFINED, 'layer', 'bits',
             tuple(series)),
-      Table('coupling', 'All pairs', AS_DEFINED, head, rows),
+      Table('coupling_pairs', 'All pairs', AS_DEFINED, head, rows),
     ),
   )  # fmt: skip
 

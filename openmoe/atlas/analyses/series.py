@@ -215,7 +215,7 @@ def matching(studies: list[Study]) -> Analysis:
     'The one-to-one matching of experts with the largest sum of cosines of their token profiles '
     '(Hungarian), beside experts of the same number and the mean of all pairs, which is chance.',
     'A matching is found for any two models: it means something where it is far above chance.',
-    (Table('matching', 'All routers', AS_DEFINED, head, rows), *parts),
+    (Table('matching_routers', 'All routers', AS_DEFINED, head, rows), *parts),
   )
 
 
