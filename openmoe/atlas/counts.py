@@ -16,6 +16,7 @@ from openmoe.atlas.record import LABELS, Part, Record
 
 MOST_GROUPS = 64
 MOST_CELLS = 1 << 25  # of a table, all groups together
+MOST_KEPT = 1 << 22  # cells of a table that is kept for another analysis
 OUT = -1  # a token that a key leaves out
 
 
@@ -128,7 +129,10 @@ class Study:
         expert = self.experts(part, number, router, null, kept)[:, :top]
         base = (part['document'][kept] % groups).astype(np.int64) * key.size + group[kept]
         total += np.bincount((base[:, None] * e + expert).ravel(), minlength=len(total))
-      self._tables[name] = total.reshape(groups, key.size, e)
+      table = total.reshape(groups, key.size, e)
+      if table.size > MOST_KEPT:  # tables of pairs of tokens: one at a time, or they fill memory
+        return table
+      self._tables[name] = table
     return self._tables[name]
 
   def experts(
