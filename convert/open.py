@@ -79,6 +79,8 @@ def load(
     batch_rows: rows of a batch at most.
     routing: what is done to the decisions of routers; see openmoe.inference.routing.
 
+    devices: to use; None for all there are.
+
   Raises:
     ConfigError: there is no such checkpoint, its model or vocabulary is not known, or a value is
       wrong.
