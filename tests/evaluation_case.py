@@ -31,7 +31,7 @@ class FakeModel:
     requests: everything that was asked, in order.
   """
 
-  name = 'fake'
+  name, step = 'fake', None
 
   def __init__(self, max_length=2000, fingerprint='f' * 64, reply='1.', shift=0.0):
     self.vocabulary = seqio.ByteVocabulary()

@@ -71,7 +71,7 @@ def test_an_index_of_odd_names_is_refused(weight_map, said, folder):
   [
     (b'[]', 'holds a list'),
     (b'null', 'holds null'),
-    (b'{"a":' + b'[' * 100_000, 'nested deeper'),
+    (b'{"a":' + b'[' * 100_000, 'nested too deeply'),
     (b'{"a": 5}', 'an object belongs there'),
     (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":["0","4"]}}', 'are no counts'),
     (b'{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,4]}}', 'are no counts'),

@@ -14,8 +14,8 @@ from convert.formats import hf_jetmoe
 from convert.run import Options, convert, find_form
 from convert.sizes import of_form
 from convert.upcycle import dense_config, described_as
+from openmoe.checkpoint import arrays, description
 from openmoe.checkpoint import checkpointer as checkpoint
-from openmoe.checkpoint import description
 from openmoe.checkpoint.description import identity
 from openmoe.config import (
   ConfigError,
@@ -105,7 +105,7 @@ def test_a_checkpoint_of_training_tells_what_it_computes(state, tmp_path):
 
 
 def test_large_parameters_are_saved_in_chunks_of_a_layer(state, tmp_path, monkeypatch):
-  monkeypatch.setattr(checkpoint, 'LARGEST_CHUNK', 4 << 10)
+  monkeypatch.setattr(arrays, 'LARGEST_CHUNK', 4 << 10)
   saver = checkpoint.Checkpointer(tmp_path, keep=1, identity=identity(case.CONFIG))
   saver.save(case.STEP, state, {}, described(case.CONFIG))
   saver.close()

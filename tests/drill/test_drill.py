@@ -42,6 +42,9 @@ def _fresh_gin():
   gin.clear_config()
   yield
   gin.clear_config()
+  flags.FLAGS.unparse_flags()
+  for name in flags.FLAGS:
+    flags.FLAGS[name].unparse()
 
 
 # --- the twin

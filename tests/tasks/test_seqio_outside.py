@@ -9,7 +9,7 @@ import seqio
 
 from openmoe.config import ConfigError
 from openmoe.data.sources import TextFiles
-from tasks import pretraining
+from openmoe.data.tfds_source import TfdsDocuments
 from tasks.bigbench import lite
 from tasks.evaluation import catalogue
 from tests.data import case as data_case
@@ -109,9 +109,11 @@ def test_examples_are_counted(tmp_path):
 
 
 def test_examples_of_data_that_are_not_there_are_refused_with_the_remedy():
-  assert 'mix_ul2' in pretraining.MIXTURES
-  with pytest.raises(ConfigError, match='no TFDS data set .* set --tfds_data_dir'):
-    seqio.get_mixture_or_task('mix_ul2').num_input_examples('train')
+  source = TfdsDocuments('built_by_nobody:1.0.0', {'train': 'train'})
+  with pytest.raises(
+    ConfigError, match='no TFDS data set built_by_nobody:1.0.0 .* --tfds_data_dir'
+  ):
+    source.num_input_examples('train')
 
 
 @pytest.mark.parametrize('suffix', ['', '_reference'])
