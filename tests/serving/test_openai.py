@@ -14,7 +14,7 @@ needs_eval = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope='module', params=['openmoe', 'jetmoe'])
+@pytest.fixture(params=['openmoe', 'jetmoe'])
 def engine(request):
   engine = Engine(case.model(request.param, max_length=256, chat_template=PLAIN), 4, 8)
   engine.start()
