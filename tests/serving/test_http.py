@@ -218,22 +218,22 @@ def test_health_metrics_and_the_page_are_there(engine, port):
 def test_a_key_is_asked_for_and_an_end_answers_what_is_under_way():
   engine = Engine(case.model('openmoe', max_length=256), 4, 8)
   engine.start()
-  with serving(engine, api_key='secret') as port:
-    for headers in ({}, {'Authorization': 'Bearer other'}):
-      answer, text = call(port, 'GET', '/v1/models', headers=headers)
-      assert answer.status == 401 and 'API key is missing or wrong' in text
-    key = {'Authorization': 'Bearer secret'}
-    assert call(port, 'GET', '/v1/models', headers=key)[0].status == 200
-    assert call(port, 'GET', '/health')[0].status == 200
-    body = {'prompt': 'A', 'max_tokens': 100, 'temperature': 0}
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+  key = {'Authorization': 'Bearer secret'}
+  body = {'prompt': 'A', 'max_tokens': 100, 'temperature': 0}
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with serving(engine, api_key='secret') as port:
+      for headers in ({}, {'Authorization': 'Bearer other'}):
+        answer, text = call(port, 'GET', '/v1/models', headers=headers)
+        assert answer.status == 401 and 'API key is missing or wrong' in text
+      assert call(port, 'GET', '/v1/models', headers=key)[0].status == 200
+      assert call(port, 'GET', '/health')[0].status == 200
       under_way = pool.submit(call, port, 'POST', '/v1/completions', body, key)
       while not engine.load()['answering']:
+        assert not under_way.done()
         time.sleep(0.001)
-      # The server is told to end by leaving the block below; the answer comes all the same.
-      pool.submit(time.sleep, 0)
-      answer, text = under_way.result()
-    assert answer.status == 200 and json.loads(text)['choices'][0]['finish_reason']
+    # Leaving the block told the server to end, in the middle of the answer.
+    answer, text = under_way.result()
+  assert answer.status == 200 and json.loads(text)['choices'][0]['finish_reason']
   assert not engine._thread.is_alive()
 
 
