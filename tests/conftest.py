@@ -6,7 +6,10 @@ Tests run on eight simulated CPU devices, so that meshes are real; TensorFlow is
 import atexit
 import os
 import shutil
+import sys
 import tempfile
+
+import pytest
 
 # Compilation is most of the time of these tests, and none of them is about speed.
 _DEVICES = (
@@ -45,6 +48,24 @@ _LONGEST = (
 def pytest_collection_modifyitems(items):
   place = lambda item: item.nodeid.split('::')[0]
   items.sort(key=lambda i: _LONGEST.index(place(i)) if place(i) in _LONGEST else len(_LONGEST))
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_left_behind():
+  """No test sees what another one told gin or the flags, whatever order they run in."""
+  _forget_settings()
+  yield
+  _forget_settings()
+
+
+def _forget_settings():
+  if gin := sys.modules.get('gin'):
+    gin.clear_config()
+  if flags := sys.modules.get('absl.flags'):
+    flags.FLAGS.unparse_flags()
+    for name in flags.FLAGS:
+      if flags.FLAGS[name].present:
+        flags.FLAGS[name].unparse()
 
 
 def pytest_sessionfinish(session):

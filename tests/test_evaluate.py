@@ -272,14 +272,6 @@ def test_the_fake_model_is_a_checksum():
   )
 
 
-@pytest.fixture
-def _fresh_gin():
-  gin.clear_config()
-  yield
-  gin.clear_config()
-
-
-@pytest.mark.usefixtures('_fresh_gin')
 def test_the_gin_file_binds_every_setting():
   path = ROOT / 'gin' / 'runs' / 'eval.gin'
   assert files.required([path.read_text()]) == ['CHECKPOINT', 'TASKS', 'OUT_DIR']

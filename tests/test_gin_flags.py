@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pathlib
 
-import gin
 import pytest
 from absl import flags
 
@@ -18,16 +17,6 @@ FILES = tuple(
   for name in ('models/openmoe_tiny', 'runs/pretrain', 'experiments/demo')
 )
 NAMED = (*FILES, "--gin.MODEL_DIR='x'")
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-  gin.clear_config()
-  yield
-  gin.clear_config()
-  flags.FLAGS.unparse_flags()
-  for name in flags.FLAGS:
-    flags.FLAGS[name].unparse()
 
 
 def configure(*args) -> dict:

@@ -13,9 +13,7 @@ from openmoe.config import ConfigError, MeshConfig
 from openmoe.running import rollcall
 from scripts import gin_flags, processes
 from scripts.gin_flags import files, hints
-from tests.test_gin_flags import FILES, NAMED, _fresh, configure, refused
-
-__all__ = ['_fresh']  # a fixture
+from tests.test_gin_flags import FILES, NAMED, configure, refused
 
 UMT5 = (*NAMED, '--gin_file=gin/mixtures/umt5.gin')
 

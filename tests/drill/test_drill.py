@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 
-import gin
 import jax
 import pytest
 from absl import flags
@@ -35,16 +34,6 @@ RUNS = {
   'openmoe_tiny': ('openmoe_tiny', 'demo'),
   'jetmoe_tiny': ('jetmoe_tiny', 'demo', 'demo_phases'),
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_gin():
-  gin.clear_config()
-  yield
-  gin.clear_config()
-  flags.FLAGS.unparse_flags()
-  for name in flags.FLAGS:
-    flags.FLAGS[name].unparse()
 
 
 # --- the twin

@@ -37,13 +37,6 @@ PROGRAMMES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _fresh_gin():
-  gin.clear_config()
-  yield
-  gin.clear_config()
-
-
 def model_of(experiment: str) -> str:
   text = (ROOT / 'gin/experiments' / f'{experiment}.gin').read_text()
   return re.search(r'MODEL=(\w+)', text).group(1)
