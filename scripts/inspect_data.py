@@ -9,6 +9,12 @@
   python -m scripts.inspect_data --run_dir=runs/openmoe_tiny --step=187
       the same for a batch of a run: with its data configuration, from the data position of its
       newest checkpoint at or before the step, so at most a checkpoint period is read over.
+  python -m scripts.inspect_data --run_dir=runs/openmoe_tiny --document=prose.jsonl:17
+      every step, row and segment in which the document was trained on, up to the newest
+      checkpoint; with --mixture, over the first --steps batches. FILE:RECORD as the rows of a step
+      have it, or the number of a document. All is read again, from the beginning.
+  python -m scripts.inspect_data --run_dir=runs/openmoe_tiny --worst=187
+      the documents of a batch by their loss in the newest checkpoint at or before the step.
 
 --modules are imported first, as they register the tasks.
 """
@@ -21,18 +27,25 @@ command.prepare(__name__)
 
 import argparse
 import ast
+import itertools
 import json
 import sys
+import time
+from collections.abc import Iterator
+
+import numpy as np
 
 from scripts import quiet
 
 quiet.import_tensorflow()
 
 from openmoe.config import ConfigError, DataConfig
-from openmoe.data import inspection
+from openmoe.data import inspection, occurrences
 from openmoe.data.stream import ShardedStream
 from openmoe.observe.text import visible
 from scripts import registry
+
+_SHOWN = 24  # tokens of an example
 
 
 def data_config(args: argparse.Namespace) -> DataConfig:
@@ -60,27 +73,91 @@ def data_config(args: argparse.Namespace) -> DataConfig:
   )
 
 
-def run(args: argparse.Namespace) -> str:
-  """What is printed."""
+def run(args: argparse.Namespace) -> Iterator[str]:
+  """What is printed, piece by piece."""
   if bool(args.mixture) == bool(args.run_dir):
     raise ConfigError('Give either --mixture or --run_dir.')
   if args.step < 0 or args.steps < 1:
     raise ConfigError(f'--step={args.step} must be 0 or more, --steps={args.steps} at least 1.')
   registry.load(args)
-  first, config, positions = 0, None, None
-  if args.run_dir:
-    first, config, positions = inspection.position_of_run(args.run_dir, args.step)
-  config = config or data_config(args)
+  if args.document is not None:
+    return document_lines(args)
+  if args.worst is not None:
+    return worst_lines(args)
+  return batch_lines(args)
+
+
+def batch_lines(args: argparse.Namespace) -> Iterator[str]:
+  """The rows of a batch, or figures over many."""
+  found = inspection.position_of_run(args.run_dir, args.step) if args.run_dir else None
+  config = found.data if found else data_config(args)
   with ShardedStream(config, range(config.num_shards)) as stream:
-    if positions:
-      stream.restore(positions)
+    if found:
+      stream.restore(found.positions)
     if not args.summary:
       color = args.color == 'always' or (args.color == 'auto' and sys.stdout.isatty())
-      return inspection.step_text(config, stream, args.step - first, color)
+      ahead = args.step - (found.step if found else 0)
+      yield inspection.step_text(config, stream, ahead, color)
+      return
     result = inspection.summarise(config, stream, args.steps)
   if args.json:
-    return json.dumps(result)
-  return visible('\n'.join(f'{name}: {value}' for name, value in result.items()))
+    yield json.dumps(result)
+  else:
+    yield visible('\n'.join(f'{name}: {value}' for name, value in result.items()))
+
+
+def document_lines(args: argparse.Namespace) -> Iterator[str]:
+  """Where a document was trained on."""
+  wanted = int(args.document) if args.document.isdigit() else args.document
+  began = last = time.monotonic()
+
+  def tell(step: int) -> None:
+    nonlocal last
+    if time.monotonic() - last > 10:
+      last = time.monotonic()
+      print(f'step {step}, {last - began:.0f} s', file=sys.stderr)
+
+  pieces = [(data_config(args), args.steps, 0, None)] if args.mixture else []
+  for stage in occurrences.stages_of(args.run_dir) if args.run_dir else ():
+    if stage.first != (pieces[-1][2] + pieces[-1][1] if pieces else 0):
+      yield f'No checkpoint is left that tells the stages just before step {stage.first}.'
+    pieces.append((stage.data, stage.step - stage.first, stage.first, stage))
+  for config, steps, first, stage in pieces:
+    where, vocabulary = set(), inspection.vocabulary_of(config)
+    for place in occurrences.in_batches(config, wanted, steps, first, tell, stage):
+      where.add(place.step)
+      example = place.example
+      tokens = np.concatenate([example.inputs, example.targets])
+      text = inspection.show_tokens(tokens[:_SHOWN], vocabulary, False, False)
+      kind = f'{example.source or "?"} | {inspection.objective_name(example)}'
+      yield visible(
+        f'step {place.step} row {place.row} segment {place.segment}: {kind} | '
+        f'{len(example.inputs)} + {len(example.targets)} tokens | {text}'
+      )
+    yield f'{args.document}: in {len(where)} of the steps {first} to {first + steps - 1}'
+
+
+def worst_lines(args: argparse.Namespace) -> Iterator[str]:
+  """Documents of a batch of a run, those first that have the largest loss."""
+  from convert.open import load
+
+  if not args.run_dir:
+    raise ConfigError('--worst needs --run_dir: the losses are those of a checkpoint.')
+  found = inspection.position_of_run(args.run_dir, args.worst)
+  with ShardedStream(found.data, range(found.data.num_shards)) as stream:
+    stream.restore(found.positions)
+    next(itertools.islice(stream, args.worst - found.step, None))
+    rows = stream.last_rows
+  checkpoint = inspection.checkpoint_before(args.run_dir, args.worst)
+  model = load(str(checkpoint))
+  yield f'step {args.worst}, losses of {checkpoint.name}, nats a target token'
+  for loss, place in occurrences.ranked(model, rows, args.worst):
+    example = place.example
+    yield visible(
+      f'{loss:7.4f}  row {place.row} segment {place.segment}: {example.source or "?"} | '
+      f'{inspection.documents_of(example, found.data)} | {inspection.objective_name(example)} | '
+      f'{len(example.inputs)} + {len(example.targets)} tokens'
+    )
 
 
 @command.guarded
@@ -100,8 +177,13 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--use_cached', action='store_true', help='what scripts.cache_tasks wrote')
   parser.add_argument('--text_files', help='files to register as text_files_*')
   parser.add_argument('--color', choices=('auto', 'always', 'never'), default='auto')
+  parser.add_argument('--document', help='FILE:RECORD or number: where it was trained on')
+  parser.add_argument(
+    '--worst', type=int, metavar='STEP', help='documents of a batch by their loss'
+  )
   registry.add_arguments(parser)
-  print(run(parser.parse_args(argv)))
+  for text in run(parser.parse_args(argv)):
+    print(text, flush=True)
 
 
 if __name__ == '__main__':

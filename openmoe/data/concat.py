@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import seqio
 import tensorflow as tf
 
-from openmoe.data.exclusion import EXCLUDED, numbers_of
+from openmoe.data.exclusion import EXCLUDED, MARKED, signs
 
 # Longest run of one document the released pipeline keeps in a pass, and documents it joins.
 RELEASED_MAX_TOKENS = 65536
@@ -50,10 +50,10 @@ def continuous_blocks(
   Returns:
     {'tokens': int32 [block_length], 'documents': int64 [block_length], 'length': int32 []}:
     `documents` holds the id of the document each token came from, UNKNOWN_DOCUMENT without ids,
-    EXCLUDED of one that is to be left out.
+    EXCLUDED of one that is to be left out, MARKED of one that is looked for.
   """
 
-  excluded = sorted(numbers_of(corpus))
+  replaced = signs(corpus)
 
   @plain
   def with_end(document):
@@ -62,9 +62,9 @@ def continuous_blocks(
     end = tf.constant([eos_id], tf.int32)[: tf.minimum(tf.size(tokens), 1)]
     tokens = tf.concat([tokens, end], axis=0)
     number = tf.cast(document.get('document_id', UNKNOWN_DOCUMENT), tf.int64)
-    if excluded:
-      left_out = tf.reduce_any(number == tf.constant(excluded, tf.int64))
-      number = tf.where(left_out, tf.constant(EXCLUDED, tf.int64), number)
+    for sign, numbers in replaced.items():
+      is_one = tf.reduce_any(number == tf.constant(numbers, tf.int64))
+      number = tf.where(is_one, tf.constant(sign, tf.int64), number)
     return tokens, tf.fill(tf.shape(tokens), number), False
 
   # A scan has no end-of-input hook; one last element tells it to give what it still holds.
@@ -92,6 +92,21 @@ def continuous_blocks(
 
   start = (tf.zeros([0], tf.int32), tf.zeros([0], tf.int64))
   return documents.scan(start, step).unbatch()
+
+
+def chunk_ids(documents: tf.Tensor, ends: tf.Tensor) -> tf.Tensor:
+  """'document_ids' of chunks: a sign where one of their tokens carries it, else their two ends.
+
+  Args:
+    documents: int64 [t], of the tokens that chunks are cut from.
+    ends: int32 [n, 2], first and last place of each.
+  """
+  ids = tf.gather(documents, ends)
+  for sign in (MARKED, EXCLUDED):
+    count = tf.concat([[0], tf.cumsum(tf.cast(documents == sign, tf.int32))], axis=0)
+    touched = tf.gather(count, ends[:, 1] + 1) > tf.gather(count, ends[:, 0])
+    ids = tf.where(touched[:, None], tf.constant(sign, tf.int64), ids)
+  return ids
 
 
 def released_random_chunk(dataset: tf.data.Dataset) -> tf.data.Dataset:

@@ -17,13 +17,14 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from openmoe.checkpoint import safe_json
 from openmoe.checkpoint.paths import Unreadable, read_small
 from openmoe.config import ConfigError
 
 EXCLUDED = -2  # in place of the number of a document that is left out
+MARKED = -3  # in place of the number of a document that is looked for
 _LIMIT = 256 << 20  # bytes of a list
 
 
@@ -86,24 +87,34 @@ def load(path: str) -> Exclusion:
 @dataclasses.dataclass
 class _Active:
   numbers: Mapping[str, frozenset[int]]
-  met: set[str] = dataclasses.field(default_factory=set)
+  find: Callable[[str], int | None]
+  met: set[str] = dataclasses.field(default_factory=set)  # corpora that know their documents
+  marked: bool = False
 
 
 _active: contextvars.ContextVar[_Active | None] = contextvars.ContextVar('excluded', default=None)
 
 
 @contextlib.contextmanager
-def applied(numbers: Mapping[str, frozenset[int]], name: str) -> Iterator[None]:
-  """Pipelines that are built inside leave these documents out.
+def applied(
+  numbers: Mapping[str, frozenset[int]],
+  name: str,
+  wanted: str | int | None = None,
+  find: Callable[[str], int | None] = lambda corpus: None,
+) -> Iterator[None]:
+  """Pipelines that are built inside leave these documents out, and mark the one that is wanted.
 
   Args:
     numbers: corpus -> numbers of its documents.
     name: of the mixture or task, for messages.
+    wanted: document whose examples are marked, for messages.
+    find: corpus -> its number there, or None.
 
   Raises:
-    ConfigError: a corpus that is listed is not built in a way that knows its documents.
+    ConfigError: a corpus that is listed is not built in a way that knows its documents, or none
+      has the document that is wanted.
   """
-  active = _Active(numbers)
+  active = _Active(numbers, find)
   token = _active.set(active)
   try:
     yield
@@ -115,13 +126,26 @@ def applied(numbers: Mapping[str, frozenset[int]], name: str) -> Iterator[None]:
       'or does not know its documents (the reference tasks do not); '
       f'known there: {sorted(active.met) or "none"}.'
     )
+  if wanted is not None and not active.marked:
+    raise ConfigError(
+      f'{name} has no document {wanted!r}; corpora that know their documents: '
+      f'{", ".join(sorted(active.met)) or "none (the reference tasks do not)"}. Name it as '
+      'inspect_data does in the rows of a step, FILE:RECORD with records from 1, or by its number.'
+    )
 
 
-def numbers_of(corpus: str | None) -> frozenset[int]:
-  """Numbers of the documents of a corpus to leave out of the pipeline that is being built."""
+def signs(corpus: str | None) -> dict[int, list[int]]:
+  """What stands in place of numbers of documents in the pipeline that is being built.
+
+  Returns:
+    EXCLUDED or MARKED -> numbers of documents of the corpus.
+  """
   active = _active.get()
   if active is None or corpus is None:
-    return frozenset()
-  if corpus in active.numbers:
-    active.met.add(corpus)
-  return active.numbers.get(corpus, frozenset())
+    return {}
+  active.met.add(corpus)
+  found = {EXCLUDED: sorted(active.numbers.get(corpus, ()))}
+  if (number := active.find(corpus)) is not None:
+    active.marked = True
+    found[MARKED] = [number]
+  return {sign: numbers for sign, numbers in found.items() if numbers}

@@ -6,7 +6,6 @@ import collections
 import itertools
 import os
 import time
-from collections.abc import Mapping
 
 import numpy as np
 import seqio
@@ -17,7 +16,7 @@ from openmoe.checkpoint.positions import DataPositions
 from openmoe.config import ConfigError, DataConfig
 from openmoe.data.features import Example, Row
 from openmoe.data.shard import find_provider, rates
-from openmoe.data.stages import saved_stream
+from openmoe.data.stages import Saved, saved
 from openmoe.data.stream import ShardedStream
 from openmoe.data.ul2 import DENOISERS
 from openmoe.observe.text import visible
@@ -136,32 +135,60 @@ def _skipped(config: DataConfig) -> dict[str, int]:
   return dict(found)
 
 
-def position_of_run(
-  run_dir: str | os.PathLike, step: int
-) -> tuple[int, DataConfig, Mapping[str, bytes]]:
-  """(step of the next batch, data, positions) of the run's newest checkpoint up to `step`.
+def checkpoints_of(run_dir: str | os.PathLike) -> dict[int, epath.Path]:
+  """Step -> checkpoint of a run.
+
+  Raises:
+    ConfigError: there is none.
+  """
+  directory = epath.Path(run_dir)
+  paths = directory.iterdir() if directory.exists() else ()
+  found = {number: path for path in paths if (number := step_of(path)) is not None}
+  if not found:
+    raise ConfigError(f'--run_dir={run_dir} holds no checkpoint_STEP; give the directory of a run.')
+  return dict(sorted(found.items()))
+
+
+def checkpoint_before(run_dir: str | os.PathLike, step: int) -> epath.Path:
+  """A run's newest checkpoint up to a step.
+
+  Raises:
+    ConfigError: no run, or no checkpoint so early.
+  """
+  found = checkpoints_of(run_dir)
+  early = [number for number in found if number <= step]
+  if not early:
+    raise ConfigError(
+      f'--step={step} is before the oldest checkpoint that {run_dir} keeps, {min(found)}: give '
+      f'--mixture and the lengths, and the batch is found by reading from the beginning.'
+    )
+  return found[max(early)]
+
+
+def position_of_run(run_dir: str | os.PathLike, step: int) -> Saved:
+  """The data position of the run's newest checkpoint up to `step`.
 
   Raises:
     ConfigError: no run, no checkpoint so early, or one whose stage ends before the step.
   """
-  directory = epath.Path(run_dir)
-  paths = directory.iterdir() if directory.exists() else ()
-  saved = {number: path for path in paths if (number := step_of(path)) is not None}
-  if not saved:
-    raise ConfigError(f'--run_dir={run_dir} holds no checkpoint_STEP; give the directory of a run.')
-  early = [number for number in saved if number <= step]
-  if not early:
+  found = saved(DataPositions(checkpoint_before(run_dir, step) / 'data'))
+  if found.ends:
     raise ConfigError(
-      f'--step={step} is before the oldest checkpoint that {run_dir} keeps, {min(saved)}: give '
-      f'--mixture and the lengths, and the batch is found by reading from the beginning.'
+      f'The saved data position is at the end of stage {found.stage!r}, after step {found.step}, '
+      f'and does not say what follows: choose an earlier step, or a later checkpoint.'
     )
-  return saved_stream(DataPositions(saved[max(early)] / 'data'))
+  return found
+
+
+def vocabulary_of(config: DataConfig) -> seqio.Vocabulary:
+  """Of the targets."""
+  return find_provider(config.mixture_or_task_name).output_features['targets'].vocabulary
 
 
 def step_text(config: DataConfig, stream: ShardedStream, ahead: int, color: bool) -> str:
   """The rows of the batch after `ahead` others."""
   batch: Batch = next(itertools.islice(stream, ahead, None))
-  vocabulary = find_provider(config.mixture_or_task_name).output_features['targets'].vocabulary
+  vocabulary = vocabulary_of(config)
   each = config.batch_size // config.num_shards
   lines = []
   for number, row in enumerate(stream.last_rows):

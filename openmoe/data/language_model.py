@@ -15,7 +15,6 @@ import tensorflow as tf
 
 from openmoe.config import ConfigError, parse_enum
 from openmoe.data import concat
-from openmoe.data.exclusion import EXCLUDED
 from openmoe.data.ul2 import Mode
 
 
@@ -57,12 +56,10 @@ def full_lm(
     @seqio.map_over_dataset
     def fixed(block):
       size = block['length']
-      ends = tf.stack([block['documents'][0], block['documents'][size - 1]])
-      left_out = tf.reduce_any(block['documents'][:size] == EXCLUDED)
       return {
         'targets': block['tokens'][:size],
         'objective': tf.constant(0, tf.int32),
-        'document_ids': tf.where(left_out, tf.constant(EXCLUDED, tf.int64), ends),
+        'document_ids': concat.chunk_ids(block['documents'], tf.stack([0, size - 1])[None])[0],
       }
 
     return fixed(blocks)

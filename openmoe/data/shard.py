@@ -143,16 +143,20 @@ def _number(source: TextFiles | None, split: str, name: str | int) -> int:
 class Shard:
   """Rows of one logical shard, one after the other."""
 
-  def __init__(self, config: DataConfig, shard: int):
+  def __init__(self, config: DataConfig, shard: int, wanted: str | int | None = None):
     """Builds the pipeline; reads nothing yet.
 
+    Args:
+      wanted: a document, FILE:RECORD or its number; examples it has a token in are marked.
+
     Raises:
-      ConfigError: unknown mixture, missing data, split or vocabulary.
+      ConfigError: unknown mixture, missing data, split or vocabulary, or no such document.
     """
     _use_for_data_only()
     self.name = shard_name(shard, config.num_shards)
     self._config = config
     self._shard = shard
+    self._wanted = wanted
     self._provider = find_provider(config.mixture_or_task_name)
     vocabulary = self._provider.output_features['targets'].vocabulary
     self._vocab_size = vocabulary.vocab_size
@@ -199,7 +203,7 @@ class Shard:
     if isinstance(self._provider, seqio.Mixture):
       arguments['passthrough_features'] = PROVENANCE
       arguments['log_mixing_proportions'] = False
-    with self._without_excluded():
+    with self._signed():
       dataset = self._provider.get_dataset(**arguments)
     dataset = dataset.map(plain(self._select)).ragged_batch(_GROUP).prefetch(2)
     options = tf.data.Options()
@@ -209,19 +213,30 @@ class Shard:
     return dataset.with_options(options)
 
   @contextlib.contextmanager
-  def _without_excluded(self) -> Iterator[None]:
-    if self._config.exclude is None:
+  def _signed(self) -> Iterator[None]:
+    """Documents are left out or marked in what is built inside."""
+    config = self._config
+    if config.exclude is None and self._wanted is None:
       yield
       return
-    listed = exclusion.load(self._config.exclude).documents
+    listed = exclusion.load(config.exclude).documents if config.exclude else {}
     sources = {corpus: self._source_of(corpus) for corpus in listed}
-    split = self._config.split
     numbers = {
-      corpus: frozenset(_number(sources[corpus], split, name) for name in names)
+      corpus: frozenset(_number(sources[corpus], config.split, name) for name in names)
       for corpus, names in listed.items()
     }
-    with exclusion.applied(numbers, self._config.mixture_or_task_name):
+    name = config.mixture_or_task_name
+    with exclusion.applied(numbers, name, self._wanted, self._find_wanted):
       yield
+
+  def _find_wanted(self, corpus: str) -> int | None:
+    """The number of the document that is wanted, in this corpus."""
+    if not isinstance(self._wanted, str):
+      return self._wanted
+    source = self._source_of(corpus)
+    if source is None or not source.find(self._config.split, self._wanted):
+      return None
+    return source.number_of(self._config.split, self._wanted)
 
   def _source_of(self, corpus: str) -> TextFiles | None:
     tasks = (task for task in self._tasks if task.name.startswith(f'{corpus}_'))

@@ -116,15 +116,22 @@ class TextFiles(seqio.DataSource):
     Raises:
       ConfigError: no file, or several, are named so.
     """
-    path, _, record = name.rpartition(':')
-    names = self.list_shards(split)
-    found = [i for i, file in enumerate(names) if f'/{file}'.endswith(f'/{path.lstrip("/")}')]
-    if len(found) != 1 or not record.isdigit() or not int(record):
+    found = self.find(split, name)
+    if len(found) != 1:
       raise ConfigError(
         f'{name} names {len(found)} documents of this corpus; give FILE:RECORD, records from 1, '
         'with so much of the path that one file is meant.'
       )
-    return found[0] * (1 << _RECORD_BITS) + int(record) - 1
+    return found[0]
+
+  def find(self, split: str, name: str) -> list[int]:
+    """Numbers of all documents that end in this name."""
+    path, _, record = name.rpartition(':')
+    if not record.isdigit() or not int(record):
+      return []
+    names = self.list_shards(split)
+    found = [i for i, file in enumerate(names) if f'/{file}'.endswith(f'/{path.lstrip("/")}')]
+    return [i * (1 << _RECORD_BITS) + int(record) - 1 for i in found]
 
   def get_dataset(
     self,

@@ -5,6 +5,7 @@ StagedStream has ShardedStream's interface; its saved position says in which sta
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 
@@ -169,28 +170,41 @@ class StagedStream:
       self._stream = self._stage = None
 
 
-def saved_stream(entries: Mapping[str, bytes]) -> tuple[int, DataConfig, dict[str, bytes]]:
+@dataclasses.dataclass(frozen=True)
+class Saved:
   """What StagedStream.state() says by itself, to look at data without the run.
 
-  Returns:
-    (step, data, positions): the next batch is that of global step `step`; ShardedStream(data, all
-    shards) gives it after restore(positions).
+  Attributes:
+    step: global step of the next batch.
+    first: of the first batch of its stage.
+    ends: whether the stage ends before the next batch, which is then of other data.
+    data: of the stage.
+    positions: for ShardedStream(data, all shards).restore().
+  """
+
+  stage: str
+  step: int
+  first: int
+  ends: bool
+  data: DataConfig
+  positions: dict[str, bytes]
+
+
+def saved(entries: Mapping[str, bytes]) -> Saved:
+  """What a saved position says.
 
   Raises:
-    ConfigError: no entries, or a position at the end of its stage, after which others' data come.
+    ConfigError: there is none, or it is damaged.
   """
   if not entries:
     raise ConfigError('The saved data position is empty.')
   parts = {name: _parts(name, entries[name]) for name in sorted(entries)}
   step, stages, position = next(iter(parts.values()))
   name, _, each = stages[-1]
-  if step == sum(tokens // rate for _, tokens, rate in stages):
-    raise ConfigError(
-      f'The saved data position is at the end of stage {name!r}, after step {step}, and '
-      f'does not say what follows: choose an earlier step, or a later checkpoint.'
-    )
+  lengths = [tokens // rate for _, tokens, rate in stages]
   data = shard.saved_config(position, each)
-  return step, data, {k.removeprefix(f'{name}-'): v[2] for k, v in parts.items()}
+  positions = {k.removeprefix(f'{name}-'): v[2] for k, v in parts.items()}
+  return Saved(name, step, sum(lengths[:-1]), step == sum(lengths), data, positions)
 
 
 def _parts(name: str, entry: bytes) -> tuple[int, list[list], bytes]:

@@ -52,8 +52,11 @@ class ShardedStream:
   A Batch holds batch_size / num_shards rows of each shard, in shard order.
   """
 
-  def __init__(self, config: DataConfig, shard_ids: Sequence[int]):
+  def __init__(self, config: DataConfig, shard_ids: Sequence[int], wanted: str | int | None = None):
     """Opens the shards' pipelines; reading starts with the first batch.
+
+    Args:
+      wanted: a document whose examples are marked, see Shard.
 
     Raises:
       ConfigError: unknown mixture (nearest names shown), missing split, data or vocabulary.
@@ -61,7 +64,7 @@ class ShardedStream:
     self._config = config
     self._ids = _check_shards(config, shard_ids)
     self._rows_each = config.batch_size // config.num_shards
-    self._shards = [Shard(config, shard) for shard in self._ids]
+    self._shards = [Shard(config, shard, wanted) for shard in self._ids]
     self._ready: collections.deque[list[list[Row]]] = collections.deque()
     self._error: BaseException | None = None
     self._closed = False

@@ -28,7 +28,6 @@ import tensorflow as tf
 
 from openmoe.config import ConfigError, parse_enum
 from openmoe.data import concat, spans
-from openmoe.data.exclusion import EXCLUDED
 
 
 class Mode(enum.Enum):
@@ -302,15 +301,11 @@ def _block_denoiser(plan: _Plan):
     full = tf.boolean_mask(order, starts + 1 < length)
     last = start_of_slot + tf.maximum(sizes, 1) - 1
     ends = tf.minimum(tf.stack([start_of_slot, last], axis=1), length - 1)
-    left_out = tf.cumsum(tf.cast(documents == EXCLUDED, tf.int32))
-    left_out = tf.concat([[0], left_out], axis=0)
-    touched = tf.gather(left_out, ends[:, 1] + 1) > tf.gather(left_out, ends[:, 0])
-    ids = tf.where(touched[:, None], tf.constant(EXCLUDED, tf.int64), tf.gather(documents, ends))
     return {
       'inputs': tf.gather(_joined(inputs), full),
       'targets': tf.gather(_joined(targets), full),
       'objective': tf.gather(tf.constant(kinds, tf.int32), full),
-      'document_ids': tf.gather(ids, full),
+      'document_ids': tf.gather(concat.chunk_ids(documents, ends), full),
     }
 
   vector = tf.TensorSpec([plan.block_length], tf.int32)

@@ -75,17 +75,18 @@ def run_dir(tmp_path_factory) -> pathlib.Path:
 
 
 def test_a_late_step_is_found_from_the_nearest_checkpoint(run_dir):
-  step, config, positions = inspection.position_of_run(str(run_dir), 5)
-  assert (step, config.mixture_or_task_name, config.batch_size, config.seed) == (
+  found = inspection.position_of_run(str(run_dir), 5)
+  config = found.data
+  assert (found.step, config.mixture_or_task_name, config.batch_size, config.seed) == (
     5,
     'seek_ul2',
     4,
     3,
   )
   with ShardedStream(config, range(config.num_shards)) as stream:
-    stream.restore(positions)
+    stream.restore(found.positions)
     np.testing.assert_array_equal(next(stream).targets, np.load(run_dir / 'last.npy'))
-  assert inspection.position_of_run(str(run_dir), 2)[:1] == (2,)
+  assert inspection.position_of_run(str(run_dir), 2).step == 2
 
 
 def test_steps_that_no_checkpoint_leads_to_are_refused(run_dir, tmp_path):
