@@ -27,13 +27,9 @@ command.prepare(__name__)
 
 import argparse
 import ast
-import itertools
 import json
 import sys
-import time
 from collections.abc import Iterator
-
-import numpy as np
 
 from scripts import quiet
 
@@ -44,8 +40,6 @@ from openmoe.data import inspection, occurrences
 from openmoe.data.stream import ShardedStream
 from openmoe.observe.text import visible
 from scripts import registry
-
-_SHOWN = 24  # tokens of an example
 
 
 def data_config(args: argparse.Namespace) -> DataConfig:
@@ -62,15 +56,8 @@ def data_config(args: argparse.Namespace) -> DataConfig:
       raise ConfigError(
         f"--task_feature_lengths={args.task_feature_lengths} must look like {{'targets': 256}}."
       ) from error
-  return DataConfig(
-    args.mixture,
-    lengths,
-    args.batch_size,
-    split=args.split,
-    seed=args.seed,
-    num_shards=args.num_shards,
-    use_cached=args.use_cached,
-  )
+  named = {n: getattr(args, n) for n in ('split', 'seed', 'num_shards', 'use_cached')}
+  return DataConfig(args.mixture, lengths, args.batch_size, **named)
 
 
 def run(args: argparse.Namespace) -> Iterator[str]:
@@ -81,9 +68,13 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     raise ConfigError(f'--step={args.step} must be 0 or more, --steps={args.steps} at least 1.')
   registry.load(args)
   if args.document is not None:
-    return document_lines(args)
+    if args.run_dir:
+      return occurrences.of_run(args.run_dir, args.document)
+    return occurrences.of_mixture(data_config(args), args.document, args.steps)
   if args.worst is not None:
-    return worst_lines(args)
+    from convert.open import load
+
+    return occurrences.hardest(args.run_dir or '', args.worst, load)
   return batch_lines(args)
 
 
@@ -106,60 +97,6 @@ def batch_lines(args: argparse.Namespace) -> Iterator[str]:
     yield visible('\n'.join(f'{name}: {value}' for name, value in result.items()))
 
 
-def document_lines(args: argparse.Namespace) -> Iterator[str]:
-  """Where a document was trained on."""
-  wanted = int(args.document) if args.document.isdigit() else args.document
-  began = last = time.monotonic()
-
-  def tell(step: int) -> None:
-    nonlocal last
-    if time.monotonic() - last > 10:
-      last = time.monotonic()
-      print(f'step {step}, {last - began:.0f} s', file=sys.stderr)
-
-  pieces = [(data_config(args), args.steps, 0, None)] if args.mixture else []
-  for stage in occurrences.stages_of(args.run_dir) if args.run_dir else ():
-    if stage.first != (pieces[-1][2] + pieces[-1][1] if pieces else 0):
-      yield f'No checkpoint is left that tells the stages just before step {stage.first}.'
-    pieces.append((stage.data, stage.step - stage.first, stage.first, stage))
-  for config, steps, first, stage in pieces:
-    where, vocabulary = set(), inspection.vocabulary_of(config)
-    for place in occurrences.in_batches(config, wanted, steps, first, tell, stage):
-      where.add(place.step)
-      example = place.example
-      tokens = np.concatenate([example.inputs, example.targets])
-      text = inspection.show_tokens(tokens[:_SHOWN], vocabulary, False, False)
-      kind = f'{example.source or "?"} | {inspection.objective_name(example)}'
-      yield visible(
-        f'step {place.step} row {place.row} segment {place.segment}: {kind} | '
-        f'{len(example.inputs)} + {len(example.targets)} tokens | {text}'
-      )
-    yield f'{args.document}: in {len(where)} of the steps {first} to {first + steps - 1}'
-
-
-def worst_lines(args: argparse.Namespace) -> Iterator[str]:
-  """Documents of a batch of a run, those first that have the largest loss."""
-  from convert.open import load
-
-  if not args.run_dir:
-    raise ConfigError('--worst needs --run_dir: the losses are those of a checkpoint.')
-  found = inspection.position_of_run(args.run_dir, args.worst)
-  with ShardedStream(found.data, range(found.data.num_shards)) as stream:
-    stream.restore(found.positions)
-    next(itertools.islice(stream, args.worst - found.step, None))
-    rows = stream.last_rows
-  checkpoint = inspection.checkpoint_before(args.run_dir, args.worst)
-  model = load(str(checkpoint))
-  yield f'step {args.worst}, losses of {checkpoint.name}, nats a target token'
-  for loss, place in occurrences.ranked(model, rows, args.worst):
-    example = place.example
-    yield visible(
-      f'{loss:7.4f}  row {place.row} segment {place.segment}: {example.source or "?"} | '
-      f'{inspection.documents_of(example, found.data)} | {inspection.objective_name(example)} | '
-      f'{len(example.inputs)} + {len(example.targets)} tokens'
-    )
-
-
 @command.guarded
 def main(argv: list[str] | None = None) -> None:
   parser = command.Parser(__doc__)
@@ -178,9 +115,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--text_files', help='files to register as text_files_*')
   parser.add_argument('--color', choices=('auto', 'always', 'never'), default='auto')
   parser.add_argument('--document', help='FILE:RECORD or number: where it was trained on')
-  parser.add_argument(
-    '--worst', type=int, metavar='STEP', help='documents of a batch by their loss'
-  )
+  parser.add_argument('--worst', type=int, metavar='STEP', help='documents of a batch by loss')
   registry.add_arguments(parser)
   for text in run(parser.parse_args(argv)):
     print(text, flush=True)

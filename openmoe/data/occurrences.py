@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -11,11 +14,15 @@ import numpy as np
 
 from openmoe.checkpoint.positions import DataPositions
 from openmoe.config import ConfigError, DataConfig
+from openmoe.data import inspection
 from openmoe.data.exclusion import MARKED
 from openmoe.data.features import Example, Row
-from openmoe.data.inspection import checkpoints_of
 from openmoe.data.stages import Saved, saved
 from openmoe.data.stream import ShardedStream
+from openmoe.observe.text import visible
+
+_SHOWN = 24  # tokens of an example
+_PATIENCE = 10.0  # seconds between two words of how far it is
 
 
 class Scorer(Protocol):
@@ -47,7 +54,7 @@ def stages_of(run_dir: str | os.PathLike) -> list[Saved]:
     ConfigError: there is no checkpoint, or one is damaged.
   """
   found: dict[str, Saved] = {}
-  for path in checkpoints_of(run_dir).values():
+  for path in inspection.checkpoints_of(run_dir).values():
     told = saved(DataPositions(path / 'data'))
     found[told.stage] = told
   return list(found.values())
@@ -58,25 +65,27 @@ def in_batches(
   wanted: str | int,
   steps: int,
   first: int = 0,
-  tell: Callable[[int], None] = lambda step: None,
   ends_at: Saved | None = None,
 ) -> Iterator[Place]:
   """Examples in which a document has a token, with those of other documents in the same example.
 
   Args:
-    wanted: FILE:RECORD, or the number of the document.
+    wanted: FILE:RECORD, or the number of the document, also as text.
     steps: batches to read, from the beginning of the data.
     first: global step of the first.
-    tell: is told each step before it is read.
     ends_at: a saved position after these steps, to make sure that they were read as then.
 
   Raises:
     ConfigError: no corpus has the document, or the position is of other batches.
   """
   shards = range(config.num_shards)
-  with ShardedStream(config, shards, wanted) as stream:
+  by_number = isinstance(wanted, str) and wanted.isdigit()
+  with ShardedStream(config, shards, int(wanted) if by_number else wanted) as stream:
+    told = time.monotonic()
     for step in range(first, first + steps):
-      tell(step)
+      if time.monotonic() - told > _PATIENCE:
+        told = time.monotonic()
+        print(f'step {step} of {first + steps}', file=sys.stderr)
       if next(stream, None) is None:
         break
       for number, row in enumerate(stream.last_rows):
@@ -115,3 +124,61 @@ def ranked(model: Scorer, rows: Sequence[Row], step: int) -> list[tuple[float, P
   requests = [(p.example.inputs.tolist(), p.example.targets.tolist()) for p in places]
   losses = [-float(np.mean(score.token_log_probs)) for score in model.score(requests)]
   return sorted(zip(losses, places, strict=True), key=lambda pair: -pair[0])
+
+
+def of_mixture(
+  config: DataConfig, wanted: str | int, steps: int, first: int = 0, ends_at: Saved | None = None
+) -> Iterator[str]:
+  """in_batches() as lines of text, and how many steps they are."""
+  where, vocabulary = set(), inspection.vocabulary_of(config)
+  for place in in_batches(config, wanted, steps, first, ends_at):
+    where.add(place.step)
+    example = place.example
+    tokens = np.concatenate([example.inputs, example.targets])[:_SHOWN]
+    shown = inspection.show_tokens(tokens, vocabulary, loss=False, color=False)
+    yield f'step {place.step} {_told(place, "")}{visible(shown)}'
+  yield f'{wanted}: in {len(where)} of the steps {first} to {first + steps - 1}'
+
+
+def of_run(run_dir: str | os.PathLike, wanted: str | int) -> Iterator[str]:
+  """Where a run was trained on a document, up to its newest checkpoint, as lines of text.
+
+  Raises:
+    ConfigError: see in_batches.
+  """
+  end = 0
+  for stage in stages_of(run_dir):
+    if stage.first != end:
+      yield f'No checkpoint is left that tells the data of steps {end} to {stage.first - 1}.'
+    yield from of_mixture(stage.data, wanted, stage.step - stage.first, stage.first, stage)
+    end = stage.step
+
+
+def hardest(run_dir: str | os.PathLike, step: int, load: Callable[[str], Scorer]) -> Iterator[str]:
+  """ranked() of a batch of a run, by its newest checkpoint up to then, as lines of text.
+
+  Args:
+    load: opens a checkpoint.
+
+  Raises:
+    ConfigError: see inspection.position_of_run.
+  """
+  found = inspection.position_of_run(run_dir, step)
+  with ShardedStream(found.data, range(found.data.num_shards)) as stream:
+    stream.restore(found.positions)
+    next(itertools.islice(stream, step - found.step, None))
+    rows = stream.last_rows
+  checkpoint = inspection.checkpoint_before(run_dir, step)
+  yield f'step {step}, losses of {checkpoint.name}, nats a target token'
+  for loss, place in ranked(load(str(checkpoint)), rows, step):
+    documents = inspection.documents_of(place.example, found.data)
+    yield f'{loss:7.4f}  {_told(place, f"{documents} | ")}'
+
+
+def _told(place: Place, documents: str) -> str:
+  example = place.example
+  return visible(
+    f'row {place.row} segment {place.segment}: {example.source or "?"} | {documents}'
+    f'{inspection.objective_name(example)} | '
+    f'{len(example.inputs)} + {len(example.targets)} tokens | '
+  )

@@ -1,6 +1,7 @@
 """Where a document was trained on, and which documents of a step a model finds hardest."""
 
 import dataclasses
+import pathlib
 import types
 
 import numpy as np
@@ -25,6 +26,12 @@ def config(tmp_path_factory) -> DataConfig:
   source = TextFiles({'train': str(folder / 'texts.jsonl')})
   case.chains.add_corpus('found', source, case.VOCABULARY)
   return DataConfig('found_full_lm', {'targets': 64}, 4, num_shards=1, seed=3)
+
+
+def write_positions(checkpoint: pathlib.Path, state: dict[str, bytes]) -> None:
+  (checkpoint / 'data').mkdir(parents=True)
+  for name, position in state.items():
+    (checkpoint / 'data' / f'{name}.position').write_bytes(position)
 
 
 def text_of(example) -> str:
@@ -56,7 +63,7 @@ def test_every_place_of_a_document_is_found(config):
   # A chunk may hold no more of the document than the last letters of a word.
   assert set(expected) <= set(found)
   assert len(found) - len(expected) <= len(found) // 2
-  assert places(config, WANTED, 40) == found
+  assert places(config, str(WANTED), 40) == found
 
 
 def test_chunks_with_noise_are_found_wherever_the_document_lies_in_them(config):
@@ -78,15 +85,15 @@ def test_a_run_is_read_as_it_was_trained(config, tmp_path):
     for step in range(1, 31):
       next(stream)
       if step in (6, 20, 30):
-        folder = tmp_path / f'checkpoint_{step}' / 'data'
-        folder.mkdir(parents=True)
-        for name, position in stream.state().items():
-          (folder / f'{name}.position').write_bytes(position)
+        write_positions(tmp_path / f'checkpoint_{step}', stream.state())
   first, second = occurrences.stages_of(tmp_path)
   assert (first.stage, first.first, first.step, first.ends) == ('a', 0, 6, True)
   assert (second.stage, second.first, second.step, second.ends) == ('b', 6, 30, False)
   found = places(second.data, WANTED, 24, second.first, ends_at=second)
   assert set(by_reading(later, 24, 6)) <= set(found)
+  lines = list(occurrences.of_run(tmp_path, WANTED))
+  assert sum(line.startswith('step ') for line in lines) >= len(found)
+  assert [line for line in lines if ': in ' in line][1].endswith('of the steps 6 to 29')
   begun_elsewhere = dataclasses.replace(second, first=5)
   with pytest.raises(ConfigError, match='began elsewhere'):
     places(second.data, WANTED, 25, 5, ends_at=begun_elsewhere)
@@ -119,6 +126,22 @@ def test_the_hardest_documents_come_first(config):
     assert rows[place.row][place.segment - 1] is place.example
   assert [loss for loss, _ in ranked] == sorted((loss for loss, _ in ranked), reverse=True)
   assert 'texts.jsonl:' in inspection.documents_of(ranked[0][1].example, config)
+
+
+def test_the_hardest_documents_of_a_run_are_told(config, tmp_path):
+  programme = Programme((Stage('only', 8 * 4 * 64, config),))
+  with StagedStream(programme, lambda data: range(data.num_shards)) as stream:
+    next(stream)
+    write_positions(tmp_path / 'checkpoint_1', stream.state())
+    batch = [next(stream) for _ in range(2)][1]
+  loss = lambda requests: [types.SimpleNamespace(token_log_probs=[-1.0]) for _ in requests]
+  opened = []
+  load = lambda path: opened.append(path) or types.SimpleNamespace(score=loss)
+  lines = list(occurrences.hardest(tmp_path, 2, load))
+  assert opened == [str(tmp_path / 'checkpoint_1')]
+  assert lines[0] == 'step 2, losses of checkpoint_1, nats a target token'
+  assert len(lines) - 1 == int(batch.segment_ids.max(axis=1).sum())
+  assert ' 1.0000  row 0 segment 1: found | ' in lines[1] and 'texts.jsonl:' in lines[1]
 
 
 def test_a_position_says_what_comes(config):
