@@ -167,6 +167,19 @@ def test_the_display_shows_dead_experts(tmp_path, out):
   assert 'dead   2/8' in out.getvalue()
 
 
+def test_every_record_says_how_many_tokens_were_seen(tmp_path):
+  """The last line of the file may be of a save that ended late."""
+  tokens = {'tokens_before': lambda step: 10 * step, 'stream': io.StringIO()}
+  with MetricsWriter(tmp_path, 0, 100, **tokens) as writer:
+    for kind in ('train', 'validation', 'checkpoint'):
+      writer.write(3, {'loss': 1.0}, kind)
+  assert [(r['kind'], r['tokens_seen']) for r in read_records(tmp_path)] == [
+    ('train', 30.0),
+    ('validation', 30.0),
+    ('checkpoint', 30.0),
+  ]
+
+
 def test_what_is_written_is_returned(tmp_path, out):
   with MetricsWriter(tmp_path, 0, 100, tokens_before=lambda s: 10 * s, stream=out) as writer:
     record = writer.write(1, {'loss': 1.0})

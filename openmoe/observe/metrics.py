@@ -164,8 +164,8 @@ class MetricsWriter:
     """Records and shows the scalars of a step.
 
     A step that this kind already has is left alone, so that a resumed run may evaluate again.
-    Training records gain tokens_seen, steps_per_second, tokens_per_second, model_flops_per_second
-    and mfu where they are known.
+    Every record gains tokens_seen, and those of training steps_per_second, tokens_per_second,
+    model_flops_per_second and mfu, where they are known.
 
     Args:
       step: optimizer steps done.
@@ -180,22 +180,22 @@ class MetricsWriter:
       return {'step': step, 'kind': kind} | scalars
     if kind == 'train':
       scalars |= self._speed(step)
-    record = {'step': step, 'kind': kind, 'time': round(time.time(), 3)} | scalars
+    tokens = {'tokens_seen': float(self._tokens_before(step))} if self._tokens_before else {}
+    record = {'step': step, 'kind': kind, 'time': round(time.time(), 3)} | tokens | scalars
     with self._told(RECORDS):
       self._records.append(record)
     with self._told('tensorboard'):
-      self._events.write(step, scalars, kind)
+      self._events.write(step, tokens | scalars, kind)
     self._show(step, scalars, kind)
     return record
 
   def _speed(self, step: int) -> dict[str, float]:
     last = self._clock.step
     speed = self._clock.lap(step, time.monotonic())
-    scalars = {'tokens_seen': float(self._tokens_before(step))} if self._tokens_before else {}
     if speed is None:
-      return scalars
+      return {}
     a_step = lambda total: (total(step) - total(last)) / (step - last)  # batches may differ in size
-    scalars['steps_per_second'] = speed
+    scalars = {'steps_per_second': speed}
     if self._tokens_before:
       scalars['tokens_per_second'] = speed * a_step(self._tokens_before)
     if self._flops_before:
