@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -45,7 +45,7 @@ from openmoe.running.context import Running
 from openmoe.running.lease import Lease
 from openmoe.running.metadata import RunMetadata, data_changed
 from openmoe.running.observation import look_before_saving, record_step
-from openmoe.running.origin import initial_state, initial_step
+from openmoe.running.origin import initial_state
 from openmoe.running.outcome import End, Result, show_run, why_ended
 from openmoe.running.probe import Probe
 from openmoe.running.signals import Signals
@@ -64,6 +64,7 @@ def train(
   sources: Sequence[Any] = (),
   config_text: str = '',
   health: HealthConfig = HealthConfig(),
+  more_metrics: Callable | None = None,
 ) -> Result:
   """Trains to run.total_steps, from the newest checkpoint of run.model_dir if there is one.
 
@@ -77,6 +78,7 @@ def train(
     sources: objects whose register() is called first: how a run brings data of its own.
     config_text: the configuration as text, written down in the run directory.
     health: the rules that watch the run.
+    more_metrics: params -> further metrics of every validation.
 
   Raises:
     ConfigError: something cannot be run as configured; raised before compilation.
@@ -105,7 +107,7 @@ def train(
     checkpointer = opened.enter_context(
       Checkpointer(
         run.model_dir,
-        Keep(run.keep_checkpoints, run.keep_every, run.keep_best),
+        Keep(run.keep_checkpoints, run.keep_every, run.keep_best, run.keep_best_by),
         identity(model),
         committing=functools.partial(timeline.background, 'commit'),
       )
@@ -116,7 +118,7 @@ def train(
     if jax.process_index() == 0:
       write_run_record(run.model_dir, config_text, start or 0, stages=programme.lengths())
       describe.keep_vocabulary()
-    first = start if start is not None else initial_step(run)
+    first = start if start is not None else run.initial_step
     timeline.enter('data', first)
     feed = opened.enter_context(Feed(device_mesh, programme, first))
     opened.enter_context(jax.set_mesh(device_mesh))
@@ -141,7 +143,7 @@ def train(
     iter(feed)  # reads ahead while the step compiles
 
     timeline.enter('data', first)
-    evaluate = make_evaluation(run, model, module, eval_data, device_mesh)
+    evaluate = make_evaluation(run, model, module, eval_data, device_mesh, more_metrics)
     probe = Probe(module, axes, evaluate and evaluate.batches[0], device_mesh)
     probe.restore(metadata.get('probe'))
     fixed = {'model': module, 'config': model, 'optimizer': transform, 'schedule': schedule}
@@ -168,9 +170,7 @@ def train(
     )  # fmt: skip
     end = _loop(running)
     step = running.step
-    validation = {}
-    if evaluate and end is not End.STOPPED:
-      validation = running.validate()
+    validation = running.validate() if evaluate and end is not End.STOPPED else {}
     timeline.enter('save', step)
     checkpointer.wait()  # a signal still finds our handlers, so it cannot cost this save
     if end is not End.COMPLETE:

@@ -35,7 +35,7 @@ from openmoe import train as train_lib
 from openmoe.data import stream
 from openmoe.observe.display import Sheltered
 from openmoe.running.facts import facts_of
-from scripts import processes
+from scripts import processes, while_training
 from scripts.configuration import configure
 
 EXIT_DATA_ENDED, EXIT_STOPPED = 66, 75
@@ -64,7 +64,8 @@ def main() -> int:
 
 def _train(arguments: dict) -> int:
   run = starting.with_own_checkpoint(arguments['run'], arguments['model'])
-  result = train_lib.train(**(arguments | {'run': run}), config_text=gin.config_str())
+  given = while_training.with_benchmarks(arguments | {'run': run})
+  result = train_lib.train(**given, config_text=gin.config_str())
   if result.end is train_lib.End.STOPPED:
     return EXIT_STOPPED
   if result.end is train_lib.End.DATA:

@@ -34,6 +34,10 @@ TAKEN = {
     ["--gin.TASK_FEATURE_LENGTHS={'targets': 8}"], {'targets': 8}, 'data', 'task_feature_lengths',
   ),
   'TRAIN_STEPS': (['--gin.TRAIN_STEPS=3'], 3, 'run', 'total_steps'),
+  'TRAIN_STEPS_RELATIVE': (
+    ['--gin.TRAIN_STEPS_RELATIVE=3', "--gin.INITIAL_CHECKPOINT='a/checkpoint_7'"],
+    10, 'run', 'total_steps',
+  ),
   'DROPOUT_RATE': (['--gin.DROPOUT_RATE=0.5'], 0.5, 'model', 'dropout_rate'),
   'BATCH_SIZE': (['--gin.BATCH_SIZE=128'], 128, 'data', 'batch_size'),
   'EVAL_PERIOD': (['--gin.EVAL_PERIOD=1000'], 1000, 'run', 'eval_period'),
@@ -57,7 +61,6 @@ REFUSED = {
   'USE_CACHED_TASKS': 'train/config.DataConfig.use_cached',
   'SHUFFLE_TRAIN_EXAMPLES': 'train/config.DataConfig.shuffle',
   'MIXTURE_OR_TASK_MODULE': 'import in a gin file',
-  'TRAIN_STEPS_RELATIVE': 'TRAIN_STEPS',
   'INITIAL_CHECKPOINT_PATH': 'INITIAL_CHECKPOINT',
   'NUM_EXPERTS': 'config.MoEConfig.num_experts',
   'NUM_SELECTED_EXPERTS': 'config.MoEConfig.top_k',

@@ -32,7 +32,7 @@ from jax.experimental import multihost_utils
 from openmoe.checkpoint import arrays, manifest, safe_json
 from openmoe.checkpoint.description import Description, identity_differences, of_metadata
 from openmoe.checkpoint.paths import PREFIX, Unreadable, absolute
-from openmoe.checkpoint.policy import Failures, Keep, Preservation, how_far_back, validation_loss
+from openmoe.checkpoint.policy import Failures, Keep, Preservation, how_far_back
 from openmoe.checkpoint.positions import RestoreDataPositions, SaveDataPositions
 from openmoe.config import ConfigError
 from openmoe.types import PyTree
@@ -194,7 +194,7 @@ class Checkpointer:
       return
     for step in self._manager.all_steps():
       with contextlib.suppress(CheckpointError):  # a damaged one is none of the best
-        self._losses[step] = validation_loss(self._facts(step)['metadata'])
+        self._losses[step] = self._keep.loss_of(self._facts(step)['metadata'])
 
   # --- save
 
@@ -216,7 +216,7 @@ class Checkpointer:
     assert not self._read_only, 'save() on a read-only Checkpointer'
     facts = {'step': step, 'identity': self._identity, 'metadata': dict(metadata)}
     facts = json.loads(json.dumps(facts))
-    self._losses[step] = validation_loss(metadata)
+    self._losses[step] = self._keep.loss_of(metadata)
     self._settle()
     self._move_damaged_away(step)
     if step in self._manager.all_steps():

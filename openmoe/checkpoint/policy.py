@@ -18,12 +18,14 @@ class Keep:
   Attributes:
     newest: so many of the newest whole ones.
     every: also those of a step that is a multiple; None for no others.
-    best: also so many with the lowest validation loss, of those evaluated at their very step.
+    best: also so many that are best by a metric, of those evaluated at their very step.
+    by: name of the validation metric, 'loss' (the lowest) or another (the highest).
   """
 
   newest: int
   every: int | None = None
   best: int = 0
+  by: str = 'loss'
 
   def __post_init__(self):
     if self.newest < 1 or self.best < 0 or (self.every is not None and self.every < 1):
@@ -38,7 +40,7 @@ class Keep:
     """The steps to keep, of those that are there.
 
     Args:
-      losses: validation loss by step, where it is known.
+      losses: loss_of() by step, where it is known.
       damaged: steps that count for nothing and are left where they are, for a person to look at.
 
     >>> sorted(Keep(1, every=100, best=1).wanted([50, 100, 150, 175], {50: 1.0, 150: 2.0}, {175}))
@@ -50,6 +52,14 @@ class Keep:
     if self.every:
       kept |= {step for step in whole if step % self.every == 0}
     return kept | (set(steps) & damaged)
+
+  def loss_of(self, metadata: Mapping[str, Any]) -> float:
+    """What is the less the better, as a checkpoint's metadata tell it; nan for nothing."""
+    told = metadata.get('validation')
+    value = told.get(self.by) if isinstance(told, Mapping) else None
+    if not isinstance(value, int | float):
+      return math.nan
+    return float(value) if self.by == 'loss' else -float(value)
 
 
 class Preservation:
@@ -64,13 +74,6 @@ class Preservation:
     steps = [info.step for info in checkpoints]
     wanted = self._keep.wanted(steps, self._losses, self._damaged)
     return [step in wanted for step in steps]
-
-
-def validation_loss(metadata: Mapping[str, Any]) -> float:
-  """The validation loss that a checkpoint's metadata tell, nan for none."""
-  told = metadata.get('validation')
-  loss = told.get('loss') if isinstance(told, Mapping) else None
-  return float(loss) if isinstance(loss, int | float) else math.nan
 
 
 class Failures:

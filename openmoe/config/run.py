@@ -84,13 +84,16 @@ class TrainConfig:
   Attributes:
     model_dir: run directory; checkpoints, metrics and plots go there.
     total_steps: optimizer steps (t5x TRAIN_STEPS).
+    relative_steps: steps after the one that initial_checkpoint was saved at, in place of
+      total_steps; None for total_steps. A run that is started again does not go on farther.
     num_microbatches: pieces a batch is cut into to bound memory; does not change the loss.
     seed: of initialisation and dropout.
     eval_period, eval_steps: evaluate every eval_period steps on eval_steps batches; 0 is never.
     checkpoint_period, keep_checkpoints: save every so many steps, keep the newest so many.
     checkpoint_minutes: save also every so many minutes; None for steps alone.
     keep_every, keep_best: keep also those of every so many steps (None for no others), and so many
-      with the lowest validation loss, of those evaluated at their very step.
+      that are best by keep_best_by, of those evaluated at their very step.
+    keep_best_by: name of a validation metric, 'loss' (the lowest) or another (the highest).
     log_period: steps between metric records.
     router_period: steps between per-layer, per-expert load records.
     allow_data_change: continue a checkpoint of another mixture or other lengths, with the new data
@@ -122,7 +125,40 @@ class TrainConfig:
   record_batches: bool = False
   sample_prompts: tuple[str, ...] = ()
   sample_tokens: int = 48
+  keep_best_by: str = 'loss'
+  relative_steps: int | None = None
 
   def __post_init__(self):
+    if self.relative_steps is not None:
+      object.__setattr__(self, 'total_steps', self.relative_steps)
     check_fields(self, zero=('seed', 'eval_period', 'eval_steps', 'sample_tokens', 'keep_best'))
     require(bool(self.model_dir), 'TrainConfig.model_dir is empty; set MODEL_DIR.')
+    if self.relative_steps is not None:
+      object.__setattr__(self, 'total_steps', self.relative_steps + self.initial_step)
+
+  @property
+  def initial_step(self) -> int:
+    """The step that a new run begins at.
+
+    Raises:
+      ConfigError: initial_checkpoint is not the path of a checkpoint.
+    """
+    if self.initial_checkpoint is None or self.initial_state is not InitialState.ALL:
+      return 0
+    return self.initial_parts[1]
+
+  @property
+  def initial_parts(self) -> tuple[str, int]:
+    """(run directory, step) of initial_checkpoint.
+
+    Raises:
+      ConfigError: it is not the path of a checkpoint.
+    """
+    directory, _, name = self.initial_checkpoint.rstrip('/').rpartition('/')
+    prefix, _, step = name.rpartition('_')
+    require(
+      prefix == 'checkpoint' and step.isdigit(),
+      f'initial_checkpoint={self.initial_checkpoint!r} must end in checkpoint_STEP, the directory '
+      f'of one checkpoint of a run; --gin.INITIAL_CHECKPOINT sets it.',
+    )
+    return directory or '.', int(step)

@@ -46,6 +46,7 @@ def tiny(arguments: Mapping[str, Any], steps: int = STEPS) -> dict[str, Any]:
     'run': dataclasses.replace(
       run,
       total_steps=total,
+      relative_steps=None,
       eval_period=max(1, total // 3) if run.eval_period else 0,
       eval_steps=min(run.eval_steps, 2),
       checkpoint_period=max(1, total // 8),

@@ -334,6 +334,24 @@ def evaluate_task(
   return result
 
 
+def answer(
+  model: Model, task: EvaluationTask, config: EvaluationConfig, display: Display
+) -> dict[str, float]:
+  """The figures of one task, without a result file.
+
+  Raises:
+    ConfigError: as evaluate_task.
+  """
+  items = _items(task)[: config.max_items]
+  records, predictions = _answer(model, task, config, items, display)
+  names = records[0]['measures']
+  found = {n: sum(r['measures'][n] for r in records) / len(records) for n in names}
+  if task.measure_all:
+    whole = task.measure_all(items, predictions)
+    found |= {name: float(value) for name, value in whole.items()}
+  return found
+
+
 def _figures(task, config, items, predictions, records) -> dict[str, Any]:
   """Metrics of the whole task with intervals, and how many prompts had to be cut."""
   metrics = {}

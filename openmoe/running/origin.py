@@ -5,31 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from openmoe.checkpoint.checkpointer import Checkpointer
-from openmoe.config import ConfigError, InitialState, TrainConfig
+from openmoe.config import InitialState, TrainConfig
 from openmoe.train_step import TrainState
-
-
-def _initial_parts(run: TrainConfig) -> tuple[str, int]:
-  """(run directory, step) of run.initial_checkpoint.
-
-  Raises:
-    ConfigError: the path is not a checkpoint's.
-  """
-  directory, _, name = run.initial_checkpoint.rstrip('/').rpartition('/')
-  prefix, _, step = name.rpartition('_')
-  if prefix != 'checkpoint' or not step.isdigit():
-    raise ConfigError(
-      f'initial_checkpoint={run.initial_checkpoint!r} must end in checkpoint_STEP, the directory '
-      f'of one checkpoint of a run; --gin.INITIAL_CHECKPOINT sets it.'
-    )
-  return directory or '.', int(step)
-
-
-def initial_step(run: TrainConfig) -> int:
-  """The step that a new run begins at."""
-  if run.initial_checkpoint and run.initial_state is InitialState.ALL:
-    return _initial_parts(run)[1]
-  return 0
 
 
 def initial_state(
@@ -46,7 +23,7 @@ def initial_state(
     ConfigError: the path is not a checkpoint's, or the checkpoint is of another model.
     CheckpointError: it is damaged or absent.
   """
-  directory, step = _initial_parts(run)
+  directory, step = run.initial_parts
   source = Checkpointer(directory, 1, model, read_only=True)
   try:
     if run.initial_state is InitialState.ALL:

@@ -37,8 +37,13 @@ def make_evaluation(
   module,
   eval_data: DataConfig | None,
   mesh: jax.sharding.Mesh,
+  more: Callable[[PyTree], dict[str, float]] | None = None,
 ) -> Evaluation | None:
-  """params -> validation metrics over the same batches every time; None when it is off."""
+  """params -> validation metrics over the same batches every time; None when it is off.
+
+  Args:
+    more: further metrics of the parameters.
+  """
   if eval_data is None or not run.eval_period or not run.eval_steps:
     return None
   batches = evaluation_feed(mesh, eval_data, run.eval_steps)
@@ -57,11 +62,12 @@ def make_evaluation(
         f'The {len(batches)} evaluation batches of {eval_data.mixture_or_task_name} hold no '
         f'target tokens; give the split more data or set EVAL_PERIOD = 0.'
       )
-    return {
+    found = {
       'loss': totals['cross_entropy'] / tokens,
       'accuracy': totals['correct'] / tokens,
       'unigram_entropy': entropy,
     }
+    return found | (more(params) if more else {})
 
   return Evaluation(evaluate, batches)
 

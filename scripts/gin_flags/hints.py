@@ -25,7 +25,6 @@ MACROS = {
   'SHUFFLE_TRAIN_EXAMPLES': 'is train/config.DataConfig.shuffle here',
   'MIXTURE_OR_TASK_MODULE': 'is an import in a gin file here',
   'VOCABULARY': 'is a path here, read by experiments that include gin/mixtures/umt5.gin',
-  'TRAIN_STEPS_RELATIVE': 'has no counterpart; TRAIN_STEPS counts all steps',
   'NUM_EXPERTS': 'is config.MoEConfig.num_experts here',
   'GROUP_SIZE': 'is config.MoEConfig.group_size here',
   'TRAIN_EXPERT_CAPACITY_FACTOR': 'is config.MoEConfig.capacity_factor here',

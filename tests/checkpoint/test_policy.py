@@ -1,6 +1,7 @@
 """Which checkpoints are kept, when a run saves beside its period, and how failures are told."""
 
 import http.server
+import math
 import os
 import signal
 import threading
@@ -48,6 +49,13 @@ def test_what_is_kept(tmp_path, keep, left):
 def test_a_loss_that_is_no_number_is_none_of_the_best():
   losses = {10: float('nan'), 20: 5.0, 30: float('inf')}
   assert Keep(1, best=2).wanted([10, 20, 30, 40], losses, set()) == {20, 40}
+
+
+def test_of_other_figures_the_highest_are_the_best():
+  metadata = {'validation': {'loss': 1.0, 'boolq/acc': 0.7}}
+  assert Keep(1, by='boolq/acc').loss_of(metadata) == -0.7
+  assert Keep(1).loss_of(metadata) == 1.0
+  assert math.isnan(Keep(1, by='mmlu/acc').loss_of(metadata))
 
 
 @pytest.mark.parametrize('wrong', [{'newest': 0}, {'newest': 1, 'every': 0}])
