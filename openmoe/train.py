@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax.sharding import NamedSharding, PartitionSpec
 
 from openmoe import partitioning
 from openmoe.checkpoint.checkpointer import Checkpointer
@@ -51,7 +50,7 @@ from openmoe.running.probe import Probe
 from openmoe.running.signals import Signals
 from openmoe.running.stuck import wait_for_data
 from openmoe.running.validation import make_evaluation
-from openmoe.train_step import abstract_state, init_state, state_shardings, train_step
+from openmoe.train_step import abstract_state, init_state, jit_step, state_shardings
 
 
 def train(
@@ -146,11 +145,7 @@ def train(
     evaluate = make_evaluation(run, model, module, eval_data, device_mesh, more_metrics)
     probe = Probe(module, axes, evaluate and evaluate.batches[0], device_mesh)
     probe.restore(metadata.get('probe'))
-    fixed = {'model': module, 'config': model, 'optimizer': transform, 'schedule': schedule}
-    fixed |= {'num_microbatches': run.num_microbatches, 'seed': run.seed}
-    replicated = NamedSharding(device_mesh, PartitionSpec())
-    step_fn = functools.partial(watch.guard(train_step), **fixed)
-    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, replicated))
+    step_fn = jit_step(run, model, transform, schedule, shardings, watch.guard)
     labels = {'tokens_before': describe.tokens_seen, 'sparse_layers': model.router_layers}
     labels |= {'flops_before': functools.partial(flops_before, model, programme)}
     writer = opened.enter_context(MetricsWriter(run.model_dir, first, run.total_steps, **labels))

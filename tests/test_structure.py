@@ -43,6 +43,7 @@ ROOMS = {
   'running': _STATE | {'programme', 'data', 'feed', 'checkpoint', 'observe', 'health'},
   'train': _STATE
   | {'programme', 'data', 'feed', 'plan', 'checkpoint', 'observe', 'health', 'running'},
+  'pods': _STATE | {'programme', 'plan', 'checkpoint', 'observe', 'health'},
   'drill': _STATE | {'programme', 'checkpoint', 'observe'},
 }
 # The other packages: what each may import of ours.

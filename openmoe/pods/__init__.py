@@ -1,0 +1,1 @@
+"""A run on a machine that is not here: compiled for it, measured in bytes, FLOPs and seconds."""
