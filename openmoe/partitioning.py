@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
-import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from openmoe import slices
 from openmoe.config import ConfigError, MeshConfig
 from openmoe.types import Array, PyTree
 
@@ -100,31 +99,15 @@ def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-  """Arranges the devices (default: all) as (data, expert, model).
-
-  Several TPU slices share the data axis, so that only it crosses the network between them. Axes
-  that do not fit the torus of a slice take its devices in their own order.
-
-  Raises:
-    ConfigError: the slices do not divide the data axis.
-  """
+  """Arranges the devices (default: all) as (data, expert, model)."""
   devices = jax.devices() if devices is None else devices
-  shape = mesh_shape(config, len(devices))
-  slices = len({getattr(d, 'slice_index', None) or 0 for d in devices})
-  if shape[0] % slices:
-    raise ConfigError(
-      f'{slices} slices do not divide the {shape[0]} data partitions: lower NUM_EXPERT_PARTITIONS '
-      f'or NUM_MODEL_PARTITIONS, so that these and the data axis lie inside a slice.'
-    )
-  inside = (shape[0] // slices, *shape[1:])
+  shape, types = mesh_shape(config, len(devices)), (AxisType.Auto,) * 3
   try:
-    if slices > 1:
-      placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
-    else:
-      placed = jax.make_mesh(shape, MESH_AXES, devices=devices).devices
+    if len({getattr(d, 'slice_index', None) for d in devices}) == 1:
+      return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
   except NotImplementedError:
-    placed = np.asarray(devices).reshape(shape)  # in order of their ids, slice by slice
-  return jax.sharding.Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    pass  # axes that do not fit the torus
+  return jax.sharding.Mesh(slices.arranged(shape, devices), MESH_AXES, axis_types=types)
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:

@@ -19,6 +19,7 @@ from openmoe import partitioning
 from openmoe.checkpoint.checkpointer import Checkpointer
 from openmoe.checkpoint.description import identity
 from openmoe.checkpoint.policy import Keep
+from openmoe.compiled_step import jit_step
 from openmoe.config import (
   ConfigError,
   DataConfig,
@@ -50,7 +51,7 @@ from openmoe.running.probe import Probe
 from openmoe.running.signals import Signals
 from openmoe.running.stuck import wait_for_data
 from openmoe.running.validation import make_evaluation
-from openmoe.train_step import abstract_state, init_state, jit_step, state_shardings
+from openmoe.train_step import abstract_state, init_state, state_shardings
 
 
 def train(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import flax.linen as nn
 import flax.struct
 import jax
@@ -12,10 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from openmoe import partitioning
-from openmoe.config import ModelConfig, OptimizerConfig, TrainConfig
+from openmoe.config import ModelConfig, OptimizerConfig
 from openmoe.losses import router_losses, token_loss
 from openmoe.microbatches import accumulate
-from openmoe.models import abstract_params, build_model, empty_batch
+from openmoe.models import abstract_params, empty_batch
 from openmoe.optimizer import learning_rate, make_optimizer, optimizer_axes
 from openmoe.types import Array, Batch, PyTree
 
@@ -161,23 +158,3 @@ def train_step(
   }
   new_state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
   return new_state, {'scalars': scalars, 'router': aux['router']}
-
-
-def jit_step(
-  run: TrainConfig,
-  model: ModelConfig,
-  optimizer: optax.GradientTransformation,
-  schedule: optax.Schedule,
-  shardings: TrainState,
-  guard: Callable = lambda step: step,
-) -> Callable:
-  """The compiled step of a run, (state, batch) -> (state, metrics), on the mesh of `shardings`.
-
-  Args:
-    guard: puts something around train_step, see Watch.guard; what it adds to the arguments stays.
-  """
-  fixed = {'model': build_model(model), 'config': model, 'optimizer': optimizer}
-  fixed |= {'num_microbatches': run.num_microbatches, 'seed': run.seed, 'schedule': schedule}
-  step = functools.partial(guard(train_step), **fixed)
-  replicated = jax.sharding.NamedSharding(shardings.step.mesh, jax.sharding.PartitionSpec())
-  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))

@@ -11,17 +11,18 @@ import pathlib
 import jax
 
 from openmoe.checkpoint import fields
+from openmoe.compiled_step import jit_step
 from openmoe.config import Dispatch, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from openmoe.health.guard import guarded
 from openmoe.models import empty_batch
 from openmoe.optimizer import learning_rate, make_optimizer
 from openmoe.partitioning import batch_sharding
 from openmoe.pods.target import Target
-from openmoe.train_step import abstract_state, jit_step, state_shardings
+from openmoe.train_step import abstract_state, state_shardings
 
 # Rooms of openmoe/ that a training step is made of: another text of them, another program.
 _ROOMS = ('types', 'config', 'partitioning', 'layers', 'models', 'losses', 'optimizer')
-_ROOMS += ('microbatches', 'train_step', 'health/guard')
+_ROOMS += ('microbatches', 'train_step', 'compiled_step', 'slices', 'health/guard')
 LIBTPU = '0.0.42.1'
 
 
