@@ -8,6 +8,7 @@ heads.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import flax.linen as nn
@@ -25,20 +26,32 @@ from openmoe.types import Array
 BEHAVIOUR = ('distance', 'entropy', 'first', 'previous', 'induction')
 
 
-def behaviour(probs_bkts: Array, tokens_bt: Array) -> Array:
-  """float32 [b, t, k, BEHAVIOUR] of attention probabilities; tokens_bt: ids, to find copies."""
-  place_t = jnp.arange(tokens_bt.shape[1])
-  distance_ts = (place_t[:, None] - place_t[None]).astype(jnp.float32)
-  before_bt = jnp.pad(tokens_bt[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-  copied_bts = (before_bt[:, None, :] == tokens_bt[:, :, None]) & (distance_ts >= 0)
+_BLOCK = 128  # queries at once: their probabilities stay in a core's cache
+
+
+def behaviour(probs_bkts: Array, tokens_bt: Array, first: int | Array = 0) -> Array:
+  """float32 [b, t, k, BEHAVIOUR] of attention probabilities of t queries over s keys.
+
+  Args:
+    tokens_bt: ids of all s places, to find copies.
+    first: place of the first query.
+  """
+  t, s = probs_bkts.shape[-2:]
+  place_t, place_s = first + jnp.arange(t), jnp.arange(s)
+  mine_bt = jax.lax.dynamic_slice_in_dim(tokens_bt, first, t, axis=1)
+  before_bs = jnp.pad(tokens_bt[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  copied_bts = (before_bs[:, None, :] == mine_bt[:, :, None]) & (place_s <= place_t[:, None])
+  # Else XLA computes the softmax again in each of the sums.
+  probs_bkts = jax.lax.optimization_barrier(probs_bkts)
   log_probs = jnp.log(jnp.maximum(probs_bkts, 1e-30))
-  mean = lambda x: jnp.sum(probs_bkts * x, axis=-1)
+  before_t = jnp.maximum(place_t - 1, 0)
+  previous_bkt = jnp.take_along_axis(probs_bkts, before_t[None, None, :, None], axis=-1)[..., 0]
   found = (
-    mean(distance_ts),
-    -mean(log_probs),
-    mean((place_t == 0).astype(jnp.float32)),
-    mean((distance_ts == 1).astype(jnp.float32)),
-    mean(copied_bts[:, None].astype(jnp.float32)),
+    place_t - probs_bkts @ place_s.astype(jnp.float32),
+    -jnp.sum(probs_bkts * log_probs, axis=-1),
+    probs_bkts[..., 0],
+    jnp.where(place_t > 0, previous_bkt, 0.0),
+    jnp.sum(jnp.where(copied_bts[:, None], probs_bkts, 0.0), axis=-1),
   )
   return jnp.stack(found, axis=-1).swapaxes(1, 2)
 
@@ -90,12 +103,18 @@ def _looked_at(module: MixtureOfAttention, index_gtk: Array, tokens_bt: Array, a
   query = apply_rotary(query.reshape(b, t, k, n, h), sin[:, :, None], cos[:, :, None])
   key = apply_rotary(key.reshape(b, t, n, h), sin, cos)
 
-  def of_head(pair):
-    query_btkh, key_bsh = pair
-    logits_bkts = jnp.einsum('btkh,bsh->bkts', query_btkh, key_bsh).astype(jnp.float32) * h**-0.5
-    logits_bkts = jnp.where(mask_bts[:, None, :, :t], logits_bkts, -1e30)
-    return behaviour(jax.nn.softmax(logits_bkts, axis=-1), tokens_bt)
+  block = math.gcd(t, _BLOCK)
 
-  # Head by head: [b, k, t, s] is the largest array of a record.
+  def of_block(query_btkh, key_bsh, first):
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, block, axis=1)
+    logits_bkts = jnp.einsum('btkh,bsh->bkts', cut(query_btkh), key_bsh).astype(jnp.float32)
+    logits_bkts = jnp.where(cut(mask_bts[..., :t])[:, None], logits_bkts * h**-0.5, -1e30)
+    return behaviour(jax.nn.softmax(logits_bkts, axis=-1), tokens_bt, first)
+
+  def of_head(pair):
+    blocks = jax.lax.map(lambda i: of_block(*pair, i * block), jnp.arange(t // block))
+    return jnp.moveaxis(blocks, 0, 1).reshape(b, t, k, -1)
+
+  # Head by head, some queries at a time: [b, k, t, s] would be the largest array of a record.
   heads = (jnp.moveaxis(query, 3, 0), jnp.moveaxis(key, 2, 0))
   return jnp.mean(jax.lax.map(of_head, heads), axis=0)
