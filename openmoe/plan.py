@@ -241,7 +241,8 @@ def _device_bytes(leaf, sharding: jax.sharding.NamedSharding) -> int:
   return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def _tree_bytes(tree: PyTree, shardings: PyTree) -> int:
+def tree_bytes(tree: PyTree, shardings: PyTree) -> int:
+  """Bytes of one device for arrays laid out so."""
   pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
   return sum(_device_bytes(leaf, sharding) for leaf, sharding in pairs)
 
@@ -275,7 +276,7 @@ def make_plan(
     active_params=active_params(model),
     rows=rows,
     params_bytes=params_bytes,
-    optimizer_bytes=_tree_bytes(abstract.opt_state, shardings.opt_state),
+    optimizer_bytes=tree_bytes(abstract.opt_state, shardings.opt_state),
     gradients_bytes=params_bytes,
     flops_per_step=flops_per_token(model, length) * batch_size * length,
     capacity_note=_capacity_note(model),

@@ -13,6 +13,8 @@
 # MODEL_DIR       run directory, local or gs:// (default: runs/MODEL, or runs/MODEL_OBJECTIVE)
 # EXPERIMENT      a file of gin/experiments; none applies no overlay (default: demo without
 #                 TFDS_DATA_DIR, else the published run of MODEL)
+# MACHINE         also applies gin/machines/MACHINE.gin, such as openmoe_8b_v5p: mesh and microbatches
+#                 that were planned for it, where the experiment has the released ones (docs/PODS.md)
 # OBJECTIVE       also applies gin/experiments/EXPERIMENT_OBJECTIVE.gin, such as demo_full_lm
 # TFDS_DATA_DIR   where the data sets are; without it the demo data is prepared
 # ACCELERATOR     cpu, gpu or tpu (default: what is found)
@@ -65,6 +67,11 @@ if [[ -n "${OBJECTIVE:-}" ]]; then
   [[ -f "$ROOT/$overlay" ]] ||
     die "OBJECTIVE=$OBJECTIVE needs $overlay, which is not there; there are: $(list experiments)."
   args+=("--gin_file=$overlay")
+fi
+if [[ -n "${MACHINE:-}" ]]; then
+  [[ -f "$ROOT/gin/machines/$MACHINE.gin" ]] ||
+    die "MACHINE=$MACHINE is not in gin/machines; there are: $(list machines)."
+  args+=("--gin_file=gin/machines/$MACHINE.gin")
 fi
 if [[ -n "${TFDS_DATA_DIR:-}" ]]; then
   args+=("--tfds_data_dir=$TFDS_DATA_DIR")

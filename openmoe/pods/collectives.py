@@ -122,11 +122,14 @@ def find(
     hosts: (slice, host) of every device in the order of the flattened mesh.
   """
   total: dict[tuple, Collective] = {}
+  by_name = {one.name: one for lines in module.computations.values() for one in lines}
   for instruction, count in hlo.executed(module):
     kind = instruction.opcode.removesuffix('-start')
     if kind not in KINDS or instruction.opcode.endswith('-done'):
       continue
     one = _of(instruction, kind, count, mesh_shape, hosts)
+    if kind == 'ragged-all-to-all' and instruction.operands[0] in by_name:
+      one = _balanced(one, by_name[instruction.operands[0]], count)
     if one.group_size < 2:
       continue
     key = (one.kind, one.axes, one.group_size, one.reach, one.hidden)
@@ -169,6 +172,16 @@ def _of(instruction, kind, count, mesh_shape, hosts) -> Collective:
     group=tuple(group),
     op_name=instruction.op_name,
   )
+
+
+def _balanced(one: Collective, sent: hlo.Instruction, count: int) -> Collective:
+  """An exchange of runs of rows: balanced routing fills the smaller of its two buffers.
+
+  The other has room for the rows of all devices.
+  """
+  smaller = min(one.array_bytes, sum(array.bytes for array in sent.arrays) * count)
+  share = (one.group_size - 1) / one.group_size
+  return dataclasses.replace(one, array_bytes=smaller, wire_bytes=smaller * share)
 
 
 def _reach(group: Sequence[int], hosts: Sequence[tuple[int, int]]) -> tuple[str, int]:

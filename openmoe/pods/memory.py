@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import re
 
 from openmoe import plan
+from openmoe.config import Remat
 from openmoe.pods import hlo
 from openmoe.pods.compiler import Compiled
 from openmoe.pods.request import Request
+from openmoe.train_step import abstract_state, state_shardings
 
 _SAME = {'bitcast', 'optimization-barrier', 'copy-done', 'while', 'get-tuple-element', 'tuple'}
 _IN_PLACE = ('dynamic-update-slice', 'scatter')
@@ -60,17 +63,32 @@ class Memory:
     return self.parameters + self.optimizer + self.gradients
 
 
-def state_plan(request: Request) -> plan.Plan:
-  """Parameters and optimizer of the request on its mesh, exact."""
+@dataclasses.dataclass(frozen=True)
+class State:
+  """Exact bytes of a device for parameters, as many for float32 gradients, and optimizer."""
+
+  params_bytes: int
+  optimizer_bytes: int
+
+
+_shapes = functools.cache(abstract_state)
+
+
+def state_of(request: Request) -> State:
+  """What a device holds of parameters and optimizer, from shapes and shardings."""
+  # Rematerialisation shapes no parameter; a search asks for one model on many meshes.
+  model = dataclasses.replace(request.model, remat=Remat.NONE)
+  abstract, axes = _shapes(model, request.optimizer)
   mesh = request.target.abstract_mesh(request.mesh)
-  sizes = (request.batch_size, request.row_length)
-  return plan.make_plan(request.model, request.optimizer, request.mesh, mesh, *sizes)
+  places = state_shardings(mesh, request.optimizer, abstract, axes, request.mesh.fsdp)
+  params = plan.tree_bytes(abstract.params, places.params)
+  return State(params, plan.tree_bytes(abstract.opt_state, places.opt_state))
 
 
 def measure(one: Compiled) -> Memory:
   """Memory of a compiled step, or of one that was refused."""
-  state, request = state_plan(one.request), one.request
-  gradients = state.gradients_bytes if request.num_microbatches > 1 else 0
+  state, request = state_of(one.request), one.request
+  gradients = state.params_bytes if request.num_microbatches > 1 else 0
   held = state.params_bytes + state.optimizer_bytes
   overflow, limit = one.facts['overflow'], int(request.target.device.hbm_bytes)
   activations, largest = 0, ()

@@ -13,6 +13,7 @@ from openmoe.config import MeshConfig
 from openmoe.observe.text import visible
 from openmoe.pods.request import Effort
 from openmoe.pods.run import HOST_DEVICES, StageTime, StepPlan, checkpoint_bytes, gib, remedies
+from openmoe.pods.search import Found, bindings
 
 _GPU_UNKNOWN = (
   'Of a GPU the program of XLA, its memory, transfers and seconds are not known here: no compiler '
@@ -84,6 +85,27 @@ def show(
     f'checkpoint {size / 1e9:,.1f} GB; {hosts} hosts at {write_rate / 1e9:g} GB/s write it in '
     f'{size / hosts / write_rate:,.1f} s'
   )
+
+
+def show_search(found: Found) -> None:
+  """Prints what a search found, best first, with bindings to paste."""
+  console = Console(width=None if Console().is_terminal else 140, highlight=False)
+  console.print(
+    f'{found.impossible} ways that the mesh cannot run, {found.pruned} that cannot fit, '
+    f'{found.left} not compiled, {len(found.plans)} compiled'
+  )
+  table = _table('', 'GiB', 'of', 'GB sent', 'seconds', 'utilisation')
+  for index, step in enumerate(found.plans):
+    cells = ['-', '-', 'does not fit']
+    if step.time:
+      low, high = step.time.low, step.time.high
+      cells[0] = f'{sum(c.wire_bytes for c in step.moved) / 1e9:,.1f}'
+      cells[1] = f'{low:.2f} to {high:.2f}'
+      cells[2] = f'{step.utilisation(high):.1%} to {step.utilisation(low):.1%}'
+    table.add_row(str(index + 1), gib(step.memory.peak), gib(step.memory.limit), *cells)
+  console.print(table)
+  for index, step in enumerate(found.plans):
+    console.print(f'{index + 1}: {bindings(step.request)}', markup=False, soft_wrap=True)
 
 
 def _show_step(console: Console, names: str, step: StepPlan) -> None:

@@ -60,19 +60,23 @@ class StageTime:
   device_hours: tuple[float, float]
 
 
-def requests(arguments: dict, target: Target, effort: Effort) -> list[Request]:
+def requests(
+  arguments: dict, target: Target, effort: Effort, checked: bool = True
+) -> list[Request]:
   """One request a stage of the run.
 
   Args:
     arguments: of openmoe.train.train.
+    checked: refuses what the mesh cannot run; a search looks for what it can.
 
   Raises:
     ConfigError: the run cannot be split over the machine.
   """
   run, model, mesh = (arguments[name] for name in ('run', 'model', 'mesh'))
   programme = as_programme(arguments['data'], run.total_steps)
-  abstract = target.abstract_mesh(mesh)
-  plan.check(run, model, arguments['optimizer'], programme, None, abstract, mesh.fsdp)
+  if checked:
+    abstract = target.abstract_mesh(mesh)
+    plan.check(run, model, arguments['optimizer'], programme, None, abstract, mesh.fsdp)
   rules = arguments['health'].table() if arguments.get('health') else ()
   acting = any(rule.action in (Action.SKIP, Action.LOWER_RATE) for rule in rules)
   step = lambda data: Request(

@@ -1,7 +1,6 @@
 """What is asked of the compiler, what is known before, and what it says when it refuses."""
 
 import dataclasses
-import functools
 import json
 import os
 import subprocess
@@ -9,7 +8,6 @@ import sys
 
 import pytest
 
-from openmoe import plan
 from openmoe.checkpoint import fields
 from openmoe.config import ConfigError, Dispatch, MeshConfig, OptimizerConfig, Remat
 from openmoe.models.sizes import SIZES
@@ -73,14 +71,6 @@ def test_machines():
     Target('H100:32x8', slices=2)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def shapes_are_traced_once():
-  """The same model on many machines has the same shapes."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(plan, 'abstract_state', functools.cache(plan.abstract_state))
-    yield
-
-
 @pytest.mark.parametrize('parts', [(1, 1), (2, 1), (4, 1), (8, 1), (4, 2), (1, 2)], ids=str)
 @pytest.mark.parametrize('fsdp', [False, True])
 def test_more_devices_never_hold_more_each(parts, fsdp):
@@ -88,10 +78,10 @@ def test_more_devices_never_hold_more_each(parts, fsdp):
   sizes = ['v5e:2x4', 'v5e:4x4', 'v5e:8x8']
   held = []
   for name in sizes:
-    state = memory.state_plan(ask(name, MeshConfig(*parts, fsdp), batch=1024))
+    state = memory.state_of(ask(name, MeshConfig(*parts, fsdp), batch=1024))
     held.append(state.params_bytes + state.optimizer_bytes)
   assert held == sorted(held, reverse=True)
-  whole = memory.state_plan(ask(sizes[0], MeshConfig(), batch=1024))
+  whole = memory.state_of(ask(sizes[0], MeshConfig(), batch=1024))
   assert held[0] <= whole.params_bytes + whole.optimizer_bytes
 
 
@@ -107,7 +97,7 @@ def test_more_devices_never_hold_more_each(parts, fsdp):
 def test_state_is_what_the_compiler_counts(model, topology, mesh, batch, counted):
   length = 512 if model == 'openmoe_tiny' else 2048
   request = ask(topology, mesh, batch, model=SIZES[model], row_length=length)
-  state = memory.state_plan(request)
+  state = memory.state_of(request)
   rows = batch // (request.target.device_count // mesh.num_model_partitions)
   # Four fields of the batch are read: rows of OpenMoE count their positions themselves.
   exact = state.params_bytes + state.optimizer_bytes + 4 * 4 * rows * length
