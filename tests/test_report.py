@@ -71,6 +71,17 @@ def test_one_panel_a_layer_with_the_dead_in_black(tmp_path):
   assert first.norm(1.0) == pytest.approx(0.5)  # the uniform share is the middle of the scale
 
 
+def test_saturation_between_checkpoints_has_a_panel(tmp_path):
+  write_run(tmp_path, 20)
+  before = len(experts_figure(read_router(tmp_path)).axes)
+  saved = np.array([[10, 0.5], [20, 0.75]])
+  figure = experts_figure(read_router(tmp_path), saved)
+  assert len(figure.axes) == before + 1
+  panel = next(a for a in figure.axes if a.get_title(loc='left').startswith('saturation'))
+  assert panel.get_title(loc='left').endswith(' 75.0%')
+  np.testing.assert_array_equal(panel.lines[0].get_xydata(), saved)
+
+
 def test_smoothing_keeps_a_constant_and_the_length():
   np.testing.assert_allclose(smooth(np.full(9, 3.0), 5), 3.0)
   np.testing.assert_allclose(smooth(np.arange(5.0), 3), [0.5, 1, 2, 3, 3.5])

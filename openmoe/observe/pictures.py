@@ -44,7 +44,8 @@ def plot_run(model_dir: str | os.PathLike) -> list[str]:
     figures['loss.png'] = loss_figure(directory)
   router = read_router(directory)
   if router:
-    figures['experts.png'] = experts_figure(router)
+    saved = _column(read_records(directory, 'checkpoint'), 'step', 'router_saturation')
+    figures['experts.png'] = experts_figure(router, saved)
   for name, figure in figures.items():
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=150, facecolor='white')
@@ -170,11 +171,13 @@ def _edges(steps: np.ndarray) -> np.ndarray:
   return np.concatenate([[2 * steps[0] - middles[0]], middles, [2 * steps[-1] - middles[-1]]])
 
 
-def experts_figure(router: dict[str, np.ndarray]) -> Figure:
-  """Load of every expert over time, one heat map a sparse layer, and what was dropped.
+def experts_figure(router: dict[str, np.ndarray], saturation: np.ndarray | None = None) -> Figure:
+  """Load of every expert over time, one heat map a sparse layer, what was dropped, and saturation.
 
   Args:
     router: as metrics.read_router returns it; 'layers' names the layers where it is there.
+    saturation: [n, 2] steps, and the share of choices that are those of the checkpoint before;
+      None or n = 0 for no such panel.
   """
   router = _thin_out(router)
   load_nle = router['expert_load']
@@ -183,9 +186,13 @@ def experts_figure(router: dict[str, np.ndarray]) -> Figure:
   columns = 1 if layers <= 3 else 2
   rows = math.ceil(layers / columns)
   height = min(2.2, max(1.3, 0.075 * experts))
-  figure = Figure(figsize=(4.6 + 4.2 * columns, 3.8 + height * rows), layout='constrained')
+  has_saturation = saturation is not None and len(saturation) > 0
+  lines = [1.7] * (2 if has_saturation else 1)
+  size = (4.6 + 4.2 * columns, 2.1 + sum(lines) + height * rows)
+  figure = Figure(figsize=size, layout='constrained')
   figure.suptitle('Load of every expert relative to a uniform share', color=INK, fontsize=13)
-  grid = figure.add_gridspec(rows + 1, columns, height_ratios=[height] * rows + [1.7])
+  ratios = [height] * rows + lines
+  grid = figure.add_gridspec(len(ratios), columns, height_ratios=ratios)
   maps = []
   for layer in range(layers):
     axes = figure.add_subplot(grid[layer % rows, layer // rows])
@@ -195,7 +202,12 @@ def experts_figure(router: dict[str, np.ndarray]) -> Figure:
       axes.tick_params(labelbottom=False)
     maps.append(axes)
   _colour_bar(figure, picture, maps)
-  _draw_dropped(figure.add_subplot(grid[rows, :]), router, names)
+  dropped = figure.add_subplot(grid[rows, :])
+  _draw_dropped(dropped, router, names)
+  if has_saturation:
+    _draw_saturation(figure.add_subplot(grid[rows + 1, :], sharex=dropped), saturation)
+    dropped.set_xlabel('')
+    dropped.tick_params(labelbottom=False)
   return figure
 
 
@@ -261,3 +273,15 @@ def _draw_dropped(axes: Axes, router: dict[str, np.ndarray], names) -> None:
   axes.figure.legend(
     loc='outside lower center', ncols=min(layers, 4), frameon=False, labelcolor=INK, fontsize=9
   )
+
+
+def _draw_saturation(axes: Axes, saturation: np.ndarray) -> None:
+  title = f'saturation: choices that are those of the checkpoint before  {saturation[-1, 1]:.1%}'
+  axes.set_title(title, loc='left', fontsize=10, color=INK)
+  axes.set_xlabel('optimizer step', color=INK)
+  _style(axes)
+  axes.plot(saturation[:, 0], saturation[:, 1], color=_TRAIN, lw=1.4, marker='o', ms=3)
+  axes.margins(x=0)
+  axes.set_ylim(0, 1.05)
+  axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
+  axes.grid(axis='y', color='#ececf0', lw=0.8)
