@@ -11,6 +11,7 @@ from rich.table import Table
 from openmoe.checkpoint import fields
 from openmoe.config import MeshConfig
 from openmoe.observe.text import visible
+from openmoe.pods.memory import state_of
 from openmoe.pods.request import Effort
 from openmoe.pods.run import HOST_DEVICES, StageTime, StepPlan, checkpoint_bytes, gib, remedies
 from openmoe.pods.search import Found, bindings
@@ -123,6 +124,10 @@ def _show_step(console: Console, names: str, step: StepPlan) -> None:
     _show_memory(console, step)
   _show_flops(console, step)
   if not step.compiled:
+    held = state_of(request)
+    console.print(
+      f'parameters {gib(held.params_bytes)} and optimizer {gib(held.optimizer_bytes)} GiB a device'
+    )
     console.print(_GPU_UNKNOWN)
     return
   if step.time:

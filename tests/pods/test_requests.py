@@ -158,6 +158,7 @@ def test_without_libtpu_it_says_how_to_get_it(monkeypatch, tmp_path):
   assert not list(tmp_path.glob('cache/*'))
 
 
+@pytest.mark.slow
 def test_the_command_refuses_in_one_line(tmp_path):
   files = ('models/openmoe_tiny', 'runs/pretrain', 'experiments/demo')
   command = [sys.executable, '-m', 'scripts.plan', *(f'--gin_file=gin/{f}.gin' for f in files)]
