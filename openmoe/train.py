@@ -43,9 +43,9 @@ from openmoe.programme import Programme, as_programme
 from openmoe.running.agreement import in_first
 from openmoe.running.context import Running
 from openmoe.running.lease import Lease
-from openmoe.running.metadata import RunMetadata, data_changed
+from openmoe.running.metadata import RunMetadata
 from openmoe.running.observation import look_before_saving, record_step
-from openmoe.running.origin import initial_state
+from openmoe.running.origin import Origin
 from openmoe.running.outcome import End, Result, show_run, why_ended
 from openmoe.running.probe import Probe
 from openmoe.running.signals import Signals
@@ -122,24 +122,10 @@ def train(
     timeline.enter('data', first)
     feed = opened.enter_context(Feed(device_mesh, programme, first))
     opened.enter_context(jax.set_mesh(device_mesh))
-    init = functools.partial(init_state, module, transform, run.seed)
-    init = jax.jit(init, out_shardings=shardings)
-    placed = jax.tree.map(
-      lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings
-    )
     timeline.enter('restore', first)
-    metadata = {}
-    if start is not None:
-      may_differ = describe.check_model(checkpointer.describe(start), start)
-      state, positions, metadata = checkpointer.restore(start, placed)
-      describe.go_on(start, metadata.get('tokens_seen'))
-      if not data_changed(run, describe(start), metadata, start):
-        feed.restore(positions)
-    elif run.initial_checkpoint:
-      state, tokens_seen = initial_state(run, identity(model), placed, init)
-      describe.go_on(first, tokens_seen)
-    else:
-      state = init()
+    init = functools.partial(init_state, module, transform, run.seed)
+    origin = Origin(run, checkpointer, describe, feed)
+    state, metadata, told = origin.state(start, identity(model), init, abstract, shardings)
     iter(feed)  # reads ahead while the step compiles
 
     timeline.enter('data', first)
@@ -151,10 +137,8 @@ def train(
     labels |= {'flops_before': functools.partial(flops_before, model, programme)}
     writer = opened.enter_context(MetricsWriter(run.model_dir, first, run.total_steps, **labels))
     watch.open(run.model_dir, first, metadata.get('health'), writer.note)
-    if start is not None:
-      writer.note(f'Resumed from checkpoint_{start}.')
-      for phrase in may_differ:
-        writer.note(f'Of the model, {phrase}; the same weights go on.')
+    for text in told:
+      writer.note(text)
     if first < run.total_steps:
       writer.note(format_plan(plan_table(programme, more=describe.tokens_more)))
     batches = None

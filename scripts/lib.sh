@@ -29,6 +29,9 @@ set_up() { # ACCELERATOR: brings the environment up to date for it; says JAX whe
     cpu)
       bash "$ROOT/scripts/setup_env.sh"
       export JAX_PLATFORMS=cpu
+      # Large pages for what a step allocates: without them the kernel clears its buffers page by
+      # page, a quarter of the demo's CPU time (docs/LOG.md). C libraries without the setting skip it.
+      export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
       ;;
     *) die "ACCELERATOR=$1 must be cpu, gpu or tpu." ;;
   esac

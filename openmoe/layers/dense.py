@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from openmoe import partitioning
 from openmoe.types import Array
 
+ATTENTION_BLOCK = 128  # queries; smaller products are slower than what they save
 MASKED = -1e10  # the original's bias; a row with no allowed key becomes uniform, not NaN
 
 
@@ -118,11 +119,7 @@ def packed_mask(segment_ids_bt: Array, real_bt: Array) -> Array:
 
 @flax.struct.dataclass
 class KVCache:
-  """Rotated keys [b, n, h, s] and values [b, n, s, h] of one attention layer.
-
-  The order in which the products want them: a step of decoding then reads the cache where it lies
-  (docs/LOG.md).
-  """
+  """Rotated keys [b, n, h, s] and values [b, n, s, h] of a layer, as the products want them."""
 
   key: Array
   value: Array
@@ -132,11 +129,7 @@ class KVCache:
     return cls(key=key_bsnh.transpose(0, 2, 3, 1), value=value_bsnh.transpose(0, 2, 1, 3))
 
   def written(self, new: KVCache, slot: Array | int) -> KVCache:
-    """The cache with new entries in every row, beginning at the same slot of all.
-
-    One slot for all, because then a cache is updated in place; a slot of its own for every row
-    would be a scatter.
-    """
+    """The cache with new entries from one slot on, the same in every row: an update in place."""
     write = jax.lax.dynamic_update_slice_in_dim
     key = write(self.key, new.key.astype(self.key.dtype), slot, axis=3)
     return KVCache(key, write(self.value, new.value.astype(self.value.dtype), slot, axis=2))
@@ -169,6 +162,31 @@ def attend(
   probs_bnQs = probs_bntks.reshape(b, n, t * k, s).astype(value.dtype)
   out_bnQh = jnp.einsum('bnqs,bnsh->bnqh', probs_bnQs, value)
   return out_bnQh.reshape(b, n, t, k, h).transpose(0, 2, 3, 1, 4)
+
+
+def attend_packed(
+  query_btknh: Array, keys: KVCache, mask_bts: Array, softmax_dtype: jnp.dtype, scale: float = 1.0
+) -> Array:
+  """`attend` of whole rows to themselves under a causal mask; [t, s] is never held.
+
+  At most eight blocks of queries, each against the keys up to its own end: nearly half of the work
+  falls away. The backward pass computes a block again, so no probabilities are kept.
+  """
+  t = query_btknh.shape[1]
+  size = max(ATTENTION_BLOCK, -(-t // 8))
+  look = jax.checkpoint(lambda *args: attend(*args, softmax_dtype, scale), prevent_cse=False)
+  if t <= size:
+    return look(query_btknh, keys, mask_bts)
+  blocks = [slice(start, min(start + size, t)) for start in range(0, t, size)]
+  outs = [look(query_btknh[:, i], keys, mask_bts[:, i, : i.stop]) for i in blocks]
+  # A query that may look nowhere weighs all keys alike: the values' mean, and softmax's gradient.
+  mean_bn1v = keys.value.mean(2, keepdims=True)
+  apart_bnsv = jax.lax.stop_gradient(keys.value - mean_bn1v)
+  slope_bnhv = jnp.einsum('bnhs,bnsv->bnhv', keys.key, apart_bnsv) * (scale / t)
+  change = jnp.einsum('btknh,bnhv->btknv', query_btknh, slope_bnhv.astype(query_btknh.dtype))
+  mean = mean_bn1v.transpose(0, 2, 1, 3)[:, :, None] + change - jax.lax.stop_gradient(change)
+  sees = mask_bts.any(-1)[:, :, None, None, None]
+  return jnp.where(sees, jnp.concatenate(outs, axis=1), mean.astype(outs[0].dtype))
 
 
 class Attention(nn.Module):
@@ -213,9 +231,12 @@ class Attention(nn.Module):
     keys = KVCache.of(key, value)
     if cache is not None:
       keys = cache = cache.written(keys, cache_slot)
-    # One mask for all query positions, as in the original.
-    dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(2,), deterministic=not train)
-    out = attend(query[:, :, None], keys, mask_bts, query.dtype, probs_dropout=dropout)
+    look = attend_packed
+    if cache is not None or (train and self.dropout_rate):
+      # One mask for all query positions, as in the original.
+      dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(2,), deterministic=not train)
+      look = functools.partial(attend, probs_dropout=dropout)
+    out = look(query[:, :, None], keys, mask_bts, query.dtype)
     out_kernel = Kernel((n * h, d), ('heads', 'embed'), self._init(), name='out')()
     return out.reshape(*x_btd.shape[:2], n * h) @ out_kernel.astype(self.dtype), cache
 
@@ -244,15 +265,10 @@ def double_swiglu(gate: Array, linear: Array) -> Array:
 
 
 class Gating(NamedTuple):
-  """A gated MLP's hidden layer.
+  """A gated MLP's hidden layer."""
 
-  Attributes:
-    activation: (gate [..., 2, f], linear [..., f] or None) -> [..., f].
-    has_linear: whether there is a kernel wi_1 for the linear factor.
-  """
-
-  activation: Callable[[Array, Array | None], Array]
-  has_linear: bool
+  activation: Callable[[Array, Array | None], Array]  # (gate [..., 2, f], linear) -> [..., f]
+  has_linear: bool  # whether there is a kernel wi_1 for the linear factor [..., f]
 
 
 DOUBLE_SWIGLU = Gating(double_swiglu, has_linear=True)

@@ -36,9 +36,9 @@ def test_it_is_what_the_layer_attends_to(monkeypatch):
   tokens = np.array([[0, 5, 9, 5, 9, 33, 5, 9]], np.int32)
   t = tokens.shape[1]
 
-  def watched(query, keys, mask, dtype, scale, dropout):
+  def watched(query, keys, mask, dtype, scale, **rest):
     seen.update(query=query, key=keys.key, scale=scale)
-    return attend(query, keys, mask, dtype, scale, dropout)
+    return attend(query, keys, mask, dtype, scale, **rest)
 
   monkeypatch.setattr(moa, 'attend', watched)
   config = dataclasses.replace(model.config)

@@ -8,6 +8,7 @@ token has k x n query heads, slot-major, and head j of every slot meets key-valu
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -20,6 +21,7 @@ from openmoe.layers.dense import (
   KVCache,
   apply_rotary,
   attend,
+  attend_packed,
   rotary_tables,
 )
 from openmoe.layers.moe.exchange import through_experts, times
@@ -92,8 +94,11 @@ class MixtureOfAttention(nn.Module):
     if cache is not None:
       keys = cache = cache.written(keys, cache_slot)
     # Softmax in float32, as the original's eager attention has it.
-    dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(2,), deterministic=not train)
-    out_btknh = attend(query, keys, mask_bts, jnp.float32, h**-0.5, dropout)
+    look = attend_packed
+    if cache is not None or (train and self.dropout_rate):
+      dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(2,), deterministic=not train)
+      look = functools.partial(attend, probs_dropout=dropout)
+    out_btknh = look(query, keys, mask_bts, jnp.float32, h**-0.5)
 
     out_eIO = self._expert_kernel('out', (n * h, d), ('heads', 'embed'))
     answers = dataclasses.replace(
