@@ -6,7 +6,7 @@ generation, the parity checks. Nothing is held twice but one tensor at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.traverse_util
 import numpy as np
@@ -20,13 +20,19 @@ from openmoe.models import abstract_params
 from openmoe.types import PyTree
 
 
-def load_params(form: Form, config: ModelConfig, dtype: np.dtype | None = None) -> PyTree:
+def load_params(
+  form: Form,
+  config: ModelConfig,
+  dtype: np.dtype | None = None,
+  allocate: Callable[[str, tuple[int, ...], np.dtype], np.ndarray] | None = None,
+) -> PyTree:
   """Parameters of a language model as a nested dict of NumPy arrays.
 
   Args:
     form: as convert.core.source.find_form opens it; t5x, Hugging Face or ours.
     config: of the model, as convert.sizes.of_form tells it.
     dtype: of the arrays; None keeps what is stored.
+    allocate: (path, shape, dtype) -> an array to fill, as one that lies in a file.
 
   Raises:
     NamesError, ConvertError: names or shapes are not the model's, a file is damaged, or a value
@@ -34,7 +40,7 @@ def load_params(form: Form, config: ModelConfig, dtype: np.dtype | None = None) 
   """
   shapes = flax.traverse_util.flatten_dict(abstract_params(config)[0], sep='/')
   ours = {path: leaf.shape for path, leaf in shapes.items()}
-  return _load(form, list(name_table(config)), model_shapes(config), ours, dtype)
+  return _load(form, list(name_table(config)), model_shapes(config), ours, dtype, allocate)
 
 
 def load_classifier(
@@ -58,6 +64,7 @@ def _load(
   shapes: Mapping[str, tuple[int, ...]],
   ours: Mapping[str, tuple[int, ...]],
   dtype: np.dtype | None,
+  allocate: Callable[[str, tuple[int, ...], np.dtype], np.ndarray] | None = None,
 ) -> PyTree:
   """The tree of our parameters.
 
@@ -70,7 +77,8 @@ def _load(
   for row in rows:
     stored = form.parameter(row)
     if row.ours not in params:
-      params[row.ours] = np.empty(ours[row.ours], dtype or stored.dtype)
+      empty = allocate or (lambda path, shape, dtype: np.empty(shape, dtype))
+      params[row.ours] = empty(row.ours, ours[row.ours], dtype or stored.dtype)
     # A view: of our stack only the leading axes are indexed, and a split gate is one axis.
     target = params[row.ours][row.index].reshape(shapes[row.name])
     fill(target, form, row)

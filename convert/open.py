@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
 
-from convert import sizes
+from convert import outside, sizes
 from convert.core.names import NamesError
 from convert.core.source import find_form
 from convert.core.tensors import ConvertError
@@ -37,12 +37,13 @@ from openmoe.checkpoint.description import (
 from openmoe.checkpoint.paths import step_of
 from openmoe.config import Architecture, ConfigError, ModelConfig
 from openmoe.inference import chat
+from openmoe.inference.int8 import check_weights, quantised
 from openmoe.inference.model import LanguageModel
 from openmoe.inference.placement import cast, expert_form, inference_mesh
 from openmoe.inference.routing import routed
 from openmoe.inference.tokenizer import TextTokenizer, byte_tokenizer, read_tokenizer
 from openmoe.models import abstract_params
-from openmoe.models.decoding import unstack
+from openmoe.models.decoding import is_expert_kernel, unstack
 from openmoe.types import PyTree
 
 DTYPES = ('float32', 'bfloat16')
@@ -63,6 +64,10 @@ def load(
   batch_rows: int = 16,
   devices: Sequence[jax.Device] | None = None,
   routing: str = '',
+  weights: str = 'float',
+  offload: str = 'none',
+  expert_budget: int | None = None,
+  offload_dir: str | None = None,
 ) -> LanguageModel:
   """A model on all devices, or on those given.
 
@@ -77,9 +82,12 @@ def load(
     capacity: route as in training, with drops; see decode.inference_config.
     num_model_partitions, num_expert_partitions: see placement.inference_mesh.
     batch_rows: rows of a batch at most.
-    routing: what is done to the decisions of routers; see openmoe.inference.routing.
-
     devices: to use; None for all there are.
+    routing: what is done to the decisions of routers; see openmoe.inference.routing.
+    weights: how kernels are held; see openmoe.inference.int8.WEIGHTS.
+    offload: where experts lie, 'none' for the device, 'ram' for the host, or 'disk' for a file.
+    expert_budget: bytes of experts in memory with offload='disk'; None for a quarter of them.
+    offload_dir: of that file, which is removed at the end; None for the system's temporary folder.
 
   Raises:
     ConfigError: there is no such checkpoint, its model or vocabulary is not known, or a value is
@@ -96,7 +104,16 @@ def load(
   mesh = inference_mesh(
     config, devices or jax.devices(), num_model_partitions, num_expert_partitions
   )
-  params = _placed(found.params(config, mesh), config, mesh, expert_form(config, mesh, capacity))
+  check_weights(weights, mesh)
+  outside.check(offload, weights, expert_budget, alone=mesh is None and not capacity)
+  store = None
+  if offload == 'none':
+    read = found.params(config, mesh)
+  else:
+    where = (config, offload, expert_budget, offload_dir)
+    read, store = _as_config_error(lambda: outside.read(checkpoint, *where))
+  form = expert_form(config, mesh, capacity, weights, store)
+  params = _placed(read, config, mesh, form, weights, offloads=store is not None)
   model = LanguageModel(
     config,
     params,
@@ -111,6 +128,7 @@ def load(
     chat_template=found.chat_template,
     eos_ids=told.eos_ids,
     step=found.step,
+    weights=weights,
   )
   return routed(model, routing)
 
@@ -173,7 +191,12 @@ def _shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> PyTree:
 
 
 def _placed(
-  params: PyTree, config: ModelConfig, mesh: jax.sharding.Mesh | None, form: Callable | None
+  params: PyTree,
+  config: ModelConfig,
+  mesh: jax.sharding.Mesh | None,
+  form: Callable | None,
+  weights: str = 'float',
+  offloads: bool = False,
 ) -> PyTree:
   """Puts one array after the other on the devices, split by layer, in the dtype of its use.
 
@@ -187,10 +210,11 @@ def _placed(
   flat: dict[str, jax.Array] = {}
   for path in list(stacked):
     array = stacked.pop(path)
-    if not isinstance(array, jax.Array):
+    stays = offloads and is_expert_kernel(path, config)
+    if not (isinstance(array, jax.Array) or stays):
       array = jax.device_put(np.asarray(array, np.float32), shardings.get(path))
     tree = flax.traverse_util.unflatten_dict({path: array}, sep='/')
-    tree = cast(unstack(tree, config, form), config)
+    tree = cast(quantised(unstack(tree, config, form), config, weights), config)
     flat |= flax.traverse_util.flatten_dict(tree, sep='/')
   return flax.traverse_util.unflatten_dict(flat, sep='/')
 

@@ -141,9 +141,8 @@ def train(
       writer.note(text)
     if first < run.total_steps:
       writer.note(format_plan(plan_table(programme, more=describe.tokens_more)))
-    batches = None
-    if run.record_batches:
-      batches = opened.enter_context(BatchRecords(run.model_dir, first, writer.note))
+    batches = BatchRecords(run.model_dir, first, writer.note) if run.record_batches else None
+    opened.enter_context(batches or contextlib.nullcontext())
     running = Running(
       run, first, state, step_fn, feed, evaluate, checkpointer, describe, writer, signals, lease,
       timeline, batches, watch, probe,

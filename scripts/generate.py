@@ -20,9 +20,11 @@ command.prepare(__name__)
 import argparse
 import sys
 
-from scripts import quiet
+from scripts import model_flags, quiet, together_flags
 
 quiet.import_tensorflow()
+
+import jax
 
 from convert.open import load
 from openmoe.config import ConfigError
@@ -54,23 +56,32 @@ def run(args: argparse.Namespace) -> None:
   own = (args.seed, args.chat, args.system)
   asking = console.Asking(args.max_new_tokens, tuple(args.stop), sampling, args.samples, *own)
   prompts = prompts_from(args)
+  with together_flags.joined(args, args.checkpoint):
+    show(args, prompts, asking)
+
+
+def show(args: argparse.Namespace, prompts: list[str], asking: console.Asking) -> None:
+  """Runs in every process, and prints in the first.
+
+  Raises:
+    ConfigError: a conversation is wanted of several processes.
+  """
+  if args.multiprocess and not prompts:
+    raise ConfigError('--multiprocess takes prompts; a conversation has one process.')
   model = load(
     args.checkpoint,
-    dtype=args.dtype,
-    max_length=args.max_length,
-    vocabulary=args.vocabulary,
     capacity=args.capacity,
-    num_model_partitions=args.num_model_partitions,
-    num_expert_partitions=args.num_expert_partitions,
     routing=args.routing,
+    **model_flags.of(args),
   )
   if not prompts:
     console.talk(model, asking)
-  elif len(prompts) == args.samples == 1 and not args.json:
+  elif len(prompts) == args.samples == 1 and not args.json and not args.multiprocess:
     console.stream(model, prompts[0], asking)
   else:
     for line in console.lines(model, prompts, asking, args.json):
-      print(line)
+      if jax.process_index() == 0:
+        print(line)
 
 
 @command.guarded
@@ -78,12 +89,9 @@ def main(argv: list[str] | None = None) -> None:
   parser = command.Parser(__doc__)
   parser.add_argument('prompts', nargs='*', metavar='PROMPT')
   parser.add_argument('--checkpoint', default='runs/openmoe_tiny', help='what to load')
-  parser.add_argument('--dtype', default='float32', help='float32 or bfloat16')
-  parser.add_argument('--vocabulary', help='SentencePiece model of a converted run')
-  parser.add_argument('--max_length', type=int, help='tokens of prompt and continuation')
+  model_flags.add(parser)
+  together_flags.add(parser)
   parser.add_argument('--capacity', action='store_true', help='route as in training, with drops')
-  parser.add_argument('--num_model_partitions', type=int, help='default: what fits')
-  parser.add_argument('--num_expert_partitions', type=int, default=1, help='of the expert axis')
   parser.add_argument('--routing', default='', help="such as 'ban=mlp.3:0,5'; docs/ROUTING.md")
   parser.add_argument('--prompts_file', help='a prompt a line, in UTF-8')
   parser.add_argument('--max_new_tokens', type=int, default=64, help='at most so many')

@@ -6,8 +6,10 @@
 /v1/models, /v1/completions and /v1/chat/completions, streaming too; /health, /metrics, and a chat
 page at /. What an answer is does not depend on what else is asked at the same time. Only this
 machine is listened to unless --host says otherwise; OPENMOE_API_KEY is a key that clients must
-send. SIGTERM or Ctrl-C lets answers under way end. --checkpoint is a run directory, one of its
-checkpoints, or a Hugging Face folder. Exit code 64: something cannot be run as asked.
+send. Several processes serve one model, each started with --multiprocess and its own
+--process_index: the first answers, the others compute with it. SIGTERM or Ctrl-C lets answers
+under way end. --checkpoint is a run directory, one of its checkpoints, or a Hugging Face folder.
+Exit code 64: something cannot be run as asked.
 """
 
 from __future__ import annotations
@@ -22,16 +24,18 @@ import signal
 import socket
 import sys
 
-from scripts import quiet
+from scripts import model_flags, quiet, together_flags
 
 quiet.import_tensorflow()
 
+import jax
 import uvicorn
 
-from convert.open import CONTEXT, DTYPES, find, load
+from convert.open import CONTEXT, find, load
 from openmoe.config import ConfigError
 from openmoe.serving import memory
 from openmoe.serving.app import ServeConfig, Server
+from openmoe.serving.device import Device
 from openmoe.serving.engine import Engine
 
 
@@ -40,26 +44,36 @@ def run(args: argparse.Namespace) -> None:
   config = ServeConfig(os.environ.get('OPENMOE_API_KEY', ''), args.timeout)
   if args.dry_run:
     found = find(args.checkpoint, args.vocabulary)
-    length = args.max_length or max(found.row_length, CONTEXT[found.config.architecture])
-    print(memory.plan(found.config, args.dtype, args.slots, length))
+    length = args.max_length or max(
+      found.told.row_length or 0, CONTEXT[found.told.model.architecture]
+    )
+    forms = {name: model_flags.of(args)[name] for name in memory.ARGUMENTS}
+    print(memory.plan(found.told.model, args.slots, length, **forms))
     return
-  listening = listen(args.host, args.port)
+  with together_flags.joined(args, args.checkpoint):
+    serve(args, config)
+
+
+def serve(args: argparse.Namespace, config: ServeConfig) -> None:
+  """Answers in the first process, or does what the first one does."""
+  leads = jax.process_index() == 0
+  listening = listen(args.host, args.port) if leads else None
   model = load(
     args.checkpoint,
-    dtype=args.dtype,
-    max_length=args.max_length,
-    vocabulary=args.vocabulary,
-    num_model_partitions=args.num_model_partitions,
-    num_expert_partitions=args.num_expert_partitions,
+    **model_flags.of(args),
   )
+  # uvicorn raises the signal again when all answers have ended: then this is a regular end.
+  signal.signal(signal.SIGTERM, lambda number, frame: None)
+  if listening is None:
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # the first one lets answers end
+    Device(model, args.slots).follow()
+    return
   engine = Engine(model, args.slots, args.max_queue)
   engine.start()
   print('compiling ...', flush=True)
   engine.warm()
   host, port = listening.getsockname()[:2]
   print(f'{model.name} is served at http://{host}:{port}/ ({args.slots} slots)', flush=True)
-  # uvicorn raises the signal again when all answers have ended: then this is a regular end.
-  signal.signal(signal.SIGTERM, lambda number, frame: None)
   options = {'log_level': 'warning', 'timeout_graceful_shutdown': int(args.timeout) + 1}
   uvicorn.Server(uvicorn.Config(Server(engine, config).app, **options)).run([listening])
 
@@ -86,11 +100,8 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--slots', type=int, default=16, help='sequences at a time')
   parser.add_argument('--max_queue', type=int, default=64, help='sequences that may wait')
   parser.add_argument('--timeout', type=float, default=600, help='seconds of an answer')
-  parser.add_argument('--dtype', choices=DTYPES, default='float32', help='of activations')
-  parser.add_argument('--vocabulary', help='SentencePiece model of a converted run')
-  parser.add_argument('--max_length', type=int, help='tokens of prompt and continuation')
-  parser.add_argument('--num_model_partitions', type=int, help='default: what fits')
-  parser.add_argument('--num_expert_partitions', type=int, default=1, help='of the expert axis')
+  model_flags.add(parser)
+  together_flags.add(parser)
   parser.add_argument('--dry_run', action='store_true', help='say what memory it takes; serve not')
   run(parser.parse_args(argv))
 

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from openmoe import partitioning
+from openmoe.inference.int8 import FEW_ROWS, is_int8
+from openmoe.inference.offload import announce, is_offloaded
 from openmoe.layers.moe.exchange import Compute, ExpertPlan, bring_home, dispatch, through_experts
 from openmoe.layers.moe.grouped import blocked
 from openmoe.layers.moe.grouped.api import Kernel, block_layout
@@ -71,6 +73,10 @@ def split_axes(weights: PyTree, axes: PyTree) -> PyTree:
   is_axes = lambda a: isinstance(a, tuple) and all(x is None or isinstance(x, str) for x in a)
 
   def one(axes: tuple, weight: Array | PerExpert):
+    if is_offloaded(weight):
+      return weight
+    if is_int8(weight):
+      return weight.replace(values=axes, scale=(axes[0], *axes[2:]))
     if not is_split(weight):
       return axes
     return PerExpert((axes[1:],) * len(weight.arrays), sums=weight.sums)
@@ -82,9 +88,19 @@ def _split(weights: PyTree) -> list[PerExpert]:
   return [leaf for leaf in jax.tree.leaves(weights, is_leaf=is_split) if is_split(leaf)]
 
 
+def _by_expert(x) -> bool:
+  """Whether it gives one expert's kernel by itself."""
+  return is_int8(x) or is_offloaded(x)
+
+
+def _is_form(x) -> bool:
+  return is_split(x) or _by_expert(x)
+
+
 def _expert(weights: PyTree, expert: int) -> PyTree:
   """Weights of one expert whose number is known now."""
-  return jax.tree.map(lambda w: w.arrays[expert], weights, is_leaf=is_split)
+  of = lambda w: w.arrays[expert] if is_split(w) else w.at_expert(jnp.int32(expert))
+  return jax.tree.map(of, weights, is_leaf=_is_form)
 
 
 def at_expert(fn: Callable, weights: PyTree, expert: Array, *args):
@@ -96,8 +112,9 @@ def at_expert(fn: Callable, weights: PyTree, expert: Array, *args):
   """
   split = _split(weights)
   if not split:
-    of = lambda w: jax.lax.dynamic_index_in_dim(w, expert, keepdims=False)
-    return fn(jax.tree.map(of, weights), *args)
+    index = lambda w: jax.lax.dynamic_index_in_dim(w, expert, keepdims=False)
+    of = lambda w: w.at_expert(expert) if _by_expert(w) else index(w)
+    return fn(jax.tree.map(of, weights, is_leaf=_by_expert), *args)
   branches = [lambda *a, i=i: fn(_expert(weights, i), *a) for i in range(len(split[0].arrays))]
   return jax.lax.switch(expert, branches, *args)
 
@@ -141,9 +158,17 @@ class _Rows:
   def shared(self) -> bool:
     return self.x.ndim == 2
 
+  def row(self, i: int) -> _Rows:
+    """One token."""
+    of = lambda x: x[i : i + 1]
+    return dataclasses.replace(
+      self, x=of(self.x), expert_Nk=of(self.expert_Nk), weight_Nk=of(self.weight_Nk)
+    )
+
   def one(self, weights: PyTree, rows_RI: Array) -> Array:
     """Some rows through one expert, [R, I] -> [R, O]."""
-    return self.compute(jax.tree.map(lambda w: w[None], weights), rows_RI[None], None)[0]
+    lone = lambda w: w if is_int8(w) else w[None]
+    return self.compute(jax.tree.map(lone, weights, is_leaf=is_int8), rows_RI[None], None)[0]
 
 
 def _move(
@@ -159,7 +184,8 @@ def _move(
   g, t, k = routing.expert_index_gtk.shape
   split, tokens = _split(weights), g * t
   alone = tokens == 1 and partitioning.partitions('expert') == 1
-  if not (split or alone):
+  kinds = jax.tree.leaves(weights, is_leaf=_by_expert)
+  if not (split or alone or any(map(_by_expert, kinds))):
     return otherwise(compute, weights, x, routing, plan)
   rows = _Rows(
     compute,
@@ -169,12 +195,15 @@ def _move(
     routing.combine_weights_gtk.reshape(tokens, k),
     plan.combine,
   )
+  announce(weights, rows.expert_Nk)
   turned = bool(split) and all(w.turned is not None for w in split)
   # Turned experts pay where nearly all will be chosen anyway.
   if turned and 1 < tokens <= MOST_TOKENS_TURNED and tokens * k >= routing.num_experts:
     y = _all_experts(rows)
   elif alone:
     y = _one_token(rows)
+  elif any(map(is_int8, kinds)) and tokens <= FEW_ROWS:
+    y = jnp.concatenate([_one_token(rows.row(i)) for i in range(tokens)])
   elif tokens <= MOST_TOKENS:
     y = _several_tokens(rows)
   else:
@@ -210,7 +239,7 @@ def _several_tokens(rows: _Rows) -> Array:
   shape = (n, like.shape[-1]) if rows.combine else (n, k, like.shape[-1])
   y = partitioning.varying(jnp.zeros(shape, jnp.float32 if rows.combine else like.dtype))
   ys = []
-  for expert in range(_split(rows.weights)[0].shape[0]):
+  for expert in range(_count(rows.weights)):
     chosen_Nk = rows.expert_Nk == expert
 
     def output(chosen_Nk=chosen_Nk, expert=expert) -> Array:
@@ -225,6 +254,11 @@ def _several_tokens(rows: _Rows) -> Array:
 
     ys.append(jax.lax.cond(jnp.any(chosen_Nk), output, lambda: y))
   return functools.reduce(jnp.add, ys)
+
+
+def _count(weights: PyTree) -> int:
+  """How many experts there are."""
+  return jax.tree.leaves(weights, is_leaf=_is_form)[0].shape[0]
 
 
 def _one_output(rows: _Rows, x_RI: Array) -> jax.ShapeDtypeStruct:

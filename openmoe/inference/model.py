@@ -25,6 +25,8 @@ from openmoe import partitioning
 from openmoe.config import ConfigError, Dispatch, ModelConfig
 from openmoe.inference.chat import OPENMOE, ChatTemplate, Messages
 from openmoe.inference.decode import OVERRIDE, Drops, Sampling, bucket, inference_config
+from openmoe.inference.int8 import check_weights, quantised
+from openmoe.inference.offload import is_offloaded
 from openmoe.inference.placement import cast, expert_form, fingerprint, turn_experts
 from openmoe.inference.rows import Generation, Rows
 from openmoe.inference.scoring import score
@@ -98,9 +100,11 @@ class LanguageModel:
     chat_template: of encode_chat.
     eos_ids: tokens that end a text; none given means the vocabulary's.
     step: of the run's checkpoint that the parameters are of, if they are of one.
+    weights: how kernels are held; see int8.WEIGHTS.
 
   Attributes:
     trained_config: as given; `config` is what inference makes of it.
+    store: of experts that lie outside the device; None where all are on it.
     dropped_fraction: share of (token, choice) pairs that found no slot so far; 0.0 when dropless.
   """
 
@@ -120,7 +124,10 @@ class LanguageModel:
     chat_template: ChatTemplate = OPENMOE,
     eos_ids: Sequence[int] = (),
     step: int | None = None,
+    weights: str = 'float',
   ):
+    check_weights(weights, mesh)
+    self.weights = weights
     self.trained_config, self.config = config, inference_config(config, capacity)
     self.vocabulary, self.start_id, self.max_length = vocabulary, start_id, max_length
     self.name, self.step = name or config.name, step
@@ -130,7 +137,12 @@ class LanguageModel:
     self._dropped = self._routed = 0.0
     self._warned = False
     if not unstacked:
-      params = unstack(params, config, expert_form(config, mesh, capacity))
+      params = unstack(params, config, expert_form(config, mesh, capacity, weights))
+    params = quantised(params, config, weights)
+    stores = {
+      leaf.store for leaf in jax.tree.leaves(params, is_leaf=is_offloaded) if is_offloaded(leaf)
+    }
+    self.store = stores.pop() if stores else None
     with self.on_mesh():
       params = jax.tree.map(jnp.asarray, cast(params, config))
       self.params = params if mesh is not None else turn_experts(params)

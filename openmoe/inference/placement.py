@@ -17,6 +17,8 @@ from jax.experimental import multihost_utils
 from openmoe import partitioning
 from openmoe.config import MeshConfig, ModelConfig
 from openmoe.inference.cpu_experts import PerExpert, is_split
+from openmoe.inference.int8 import is_int8
+from openmoe.inference.offload import Store, is_offloaded
 from openmoe.models.decoding import gives_embeddings, is_expert_kernel
 from openmoe.plan import check_divisible
 from openmoe.types import PyTree
@@ -52,14 +54,33 @@ def inference_mesh(
 
 
 def expert_form(
-  config: ModelConfig, mesh: jax.sharding.Mesh | None, capacity: bool
-) -> Callable[[str, jax.Array], PerExpert] | None:
-  """Form of experts' kernels for decoding.unstack here: an array for every expert on CPUs."""
+  config: ModelConfig,
+  mesh: jax.sharding.Mesh | None,
+  capacity: bool,
+  weights: str = 'float',
+  store: Store | None = None,
+) -> Callable[[str, jax.Array], Any] | None:
+  """Form of experts' kernels for decoding.unstack here: an array for every expert on CPUs.
+
+  Args:
+    weights: see int8.WEIGHTS.
+    store: where the kernels are outside the device.
+  """
+  if store is not None:
+    return lambda path, stack: store.add(stack, np.dtype(jnp.dtype(config.dtype)))
+  if weights != 'float':
+    return None  # int8 is made of stacks
   whole = mesh is None or mesh.shape[partitioning.EXPERT] == 1
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
   if device.platform != 'cpu' or not whole or capacity:
     return None
-  return lambda path, stack: PerExpert(tuple(stack), sums=gives_embeddings(path, config))
+
+  def split(path: str, stack: jax.Array) -> PerExpert:
+    # By index: iterating refuses an array of several processes.
+    arrays = tuple(stack[expert] for expert in range(stack.shape[0]))
+    return PerExpert(arrays, sums=gives_embeddings(path, config))
+
+  return split
 
 
 def turn_experts(params: PyTree) -> PyTree:
@@ -82,11 +103,15 @@ def cast(params: PyTree, config: ModelConfig) -> PyTree:
   dtype = jnp.dtype(config.dtype)
 
   def one(path, x):
+    if is_int8(x) or is_offloaded(x):
+      return x
     names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
     narrow = names[0].startswith('layer_') and 'router' not in names and x.ndim > 1
     return x.astype(dtype) if narrow and x.dtype != dtype else x
 
-  return jax.tree_util.tree_map_with_path(one, params)
+  return jax.tree_util.tree_map_with_path(
+    one, params, is_leaf=lambda x: is_int8(x) or is_offloaded(x)
+  )
 
 
 def _chosen(config: Any) -> dict[str, Any]:
@@ -109,7 +134,11 @@ def fingerprint(config: ModelConfig, params: PyTree) -> str:
   digest = hashlib.sha256(config_digest(config).encode())
   pieces: list[tuple[str, int, jax.Array]] = []
   for path, leaf in flax.traverse_util.flatten_dict(params, sep='/').items():
-    if is_split(leaf):
+    if is_int8(leaf):
+      pieces += [(f'{path} {part}', 0, getattr(leaf, part)) for part in ('values', 'scale')]
+    elif is_offloaded(leaf):
+      pieces += [(path, e, x) for e, x in enumerate(leaf.pieces())]
+    elif is_split(leaf):
       pieces += [(path, e, x) for e, x in enumerate(leaf.arrays)]
     elif is_expert_kernel(path, config):
       pieces += [(path, e, leaf[e]) for e in range(leaf.shape[0])]
@@ -121,8 +150,8 @@ def fingerprint(config: ModelConfig, params: PyTree) -> str:
   return digest.hexdigest()
 
 
-def _fetched(x: jax.Array) -> np.ndarray:
+def _fetched(x: jax.Array | np.ndarray) -> np.ndarray:
   """The whole array, also where other processes hold parts of it."""
-  if x.is_fully_addressable:
+  if isinstance(x, np.ndarray) or x.is_fully_addressable:
     return np.asarray(x)
   return np.asarray(multihost_utils.process_allgather(x, tiled=True))

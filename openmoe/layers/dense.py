@@ -68,9 +68,10 @@ def lookup(table_vd: Array, tokens_bt: Array) -> Array:
     rows = jnp.take(table, jnp.where(here, index, 0), axis=0)
     return partitioning.all_reduce(jnp.where(here[..., None], rows, 0), 'vocab')
 
-  in_axes = (('vocab', None), ('act_batch', 'act_length'))
-  out_axes = ('act_batch', 'act_length', None)
-  return partitioning.per_shard(local, in_axes, out_axes, table_vd, tokens_bt)
+  if not isinstance(table_vd, jax.Array):
+    return table_vd.rows(tokens_bt)  # a form of inference
+  rows = ('act_batch', 'act_length')
+  return partitioning.per_shard(local, (('vocab', None), rows), (*rows, None), table_vd, tokens_bt)
 
 
 class Embed(nn.Module):
@@ -88,7 +89,7 @@ class Embed(nn.Module):
 
   def __call__(self, tokens_bt: Array) -> Array:
     """int32 [b, t] -> [b, t, d]."""
-    return lookup(self.table_vd.astype(self.dtype), tokens_bt)
+    return lookup(self.table_vd.astype(self.dtype), tokens_bt).astype(self.dtype)
 
 
 def rotary_tables(
@@ -298,7 +299,9 @@ class Mlp(nn.Module):
     wi_1_df = kernel('wi_1', (d, f), ('embed', 'mlp'), init(out_axis=1))
     wo_fd = kernel('wo', (f, d), ('mlp', 'embed'), init(out_axis=1))
     x_btd = x_btd.astype(self.dtype)
-    h_btf = double_swiglu(jnp.einsum('btd,duf->btuf', x_btd, wi_0_duf), x_btd @ wi_1_df)
+    is_array = isinstance(wi_0_duf, jax.Array)  # else a form of inference, which multiplies itself
+    gate = jnp.einsum('btd,duf->btuf', x_btd, wi_0_duf) if is_array else x_btd @ wi_0_duf
+    h_btf = double_swiglu(gate, x_btd @ wi_1_df)
     h_btf = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(h_btf, deterministic=not train)
     h_btf = partitioning.shard(h_btf, ('act_batch', 'act_length', 'act_mlp'))
     return h_btf @ wo_fd

@@ -131,14 +131,10 @@ class BlockGroup(nn.Module):
 
 
 class OpenMoE(nn.Module):
-  """Decoder-only language model.
-
-  Attributes:
-    run_experts: how `decode` moves rows to experts and back.
-  """
+  """Decoder-only language model."""
 
   config: ModelConfig
-  run_experts: Callable[..., Array] = through_experts
+  run_experts: Callable[..., Array] = through_experts  # how `decode` moves rows there and back
 
   @nn.compact
   def __call__(self, batch: Batch, train: bool) -> ModelOutput:

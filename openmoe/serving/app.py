@@ -29,6 +29,7 @@ from starlette.routing import Route
 from openmoe.checkpoint import safe_json
 from openmoe.checkpoint.paths import Unreadable
 from openmoe.config import ConfigError
+from openmoe.inference.routing import router_names
 from openmoe.serving import protocol
 from openmoe.serving.engine import Engine
 from openmoe.serving.page import PAGE
@@ -154,6 +155,8 @@ class Server:
       'max_length': model.max_length,
       'slots': engine.slots,
       'cache_bytes': cache_bytes(model.config, engine.slots, model.max_length),
+      'routers': router_names(model.config) if model.config.moe else [],
+      'weights': model.weights,
       'promise': 'an answer does not depend on other requests (no token is dropped)',
       **engine.load(),
     }

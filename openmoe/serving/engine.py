@@ -13,7 +13,6 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from openmoe import partitioning
 from openmoe.config import ConfigError, Dispatch
 from openmoe.inference.model import LanguageModel
 from openmoe.serving import slots
+from openmoe.serving.device import Device, draw_arrays
 from openmoe.serving.request import Ask, Event, Overloaded, Token, Work
 
 _IDLE_SECONDS = 0.5  # between two looks for who left, while nothing is under way
@@ -90,7 +90,7 @@ class Engine:
     self._at: list[Work | None] = [None] * slots_count
     self._held: list[list[int]] = [[] for _ in range(slots_count)]  # tokens that a slot's cache has
     self._used = [0.0] * slots_count  # when a slot was last let go
-    self._cache: Any = None
+    self._device = Device(model, slots_count)
     self._lock = threading.Condition()
     self._stopping = False
     self._thread: threading.Thread | None = None
@@ -100,8 +100,7 @@ class Engine:
   def start(self) -> None:
     """Reserves the cache and begins."""
     with self.model.on_mesh():
-      make = lambda: slots.init_slots(self.model.config, self.slots, self.model.max_length)
-      self._cache = jax.jit(make)()
+      self._device.reserve()
     self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
     self._thread.start()
 
@@ -189,6 +188,7 @@ class Engine:
       with self.model.on_mesh():
         while self._turn():
           pass
+        self._device.end()
     # Whatever the device raises: nobody may wait for ever for an answer.
     except Exception as error:
       self.broken = f'{type(error).__name__}: {error}'
@@ -207,6 +207,7 @@ class Engine:
 
   def _turn(self) -> bool:
     """One turn; whether there is to be another."""
+    idle = False
     with self._lock:
       if self._stopping:
         return False
@@ -214,7 +215,10 @@ class Engine:
       self._seat()
       if all(work is None for work in self._at):
         self._lock.wait(_IDLE_SECONDS)
-        return True
+        idle = True
+    if idle:
+      self._device.idle()
+      return True
     reading = [w for w in self._at if w is not None and w.read < w.prompt_length]
     if reading:
       self._read(min(reading, key=lambda work: work.born))
@@ -258,7 +262,7 @@ class Engine:
       # Its own slot if it is free; else the one that was let go first.
       slot = source if source in free else min(free, key=lambda i: self._used[i])
       if length and slot != source:
-        self._cache = slots.copy_row(self._cache, np.int32(source), np.int32(slot))
+        self._device.copy(source, slot)
       work.slot, work.read = slot, length
       self._at[slot], self._held[slot] = work, []
       self.counts.prompt_tokens += work.prompt_length
@@ -295,20 +299,17 @@ class Engine:
     tokens[:count] = work.row[first : first + count]
     known = work.row[first + 1 : first + count + 1]
     following[: len(known)] = known
-    self._cache, got = slots.read_chunk(
-      self.model.params,
-      self._cache,
-      np.int32(work.slot),
-      tokens,
-      following,
-      np.int32(first),
-      np.int32(count),
-      self._draws([work], rows=[0], size=1),
-      np.bool_(ask.alternatives > 0),
-      config=self.model.config,
-      keys=slots.keys_for(first + size, self.model.max_length),
-      scores=ask.score_prompt,
-    )
+    arrays = {
+      'row': np.int32(work.slot),
+      'tokens_t': tokens,
+      'next_t': following,
+      'first': np.int32(first),
+      'count': np.int32(count),
+      'alternatives': np.bool_(ask.alternatives > 0),
+    }
+    arrays |= self._draws([work], rows=[0], size=1)
+    keys = slots.keys_for(first + size, self.model.max_length)
+    got = self._device.read(arrays, keys, ask.score_prompt)
     work.read = first + count
     self.counts.chunks += 1
     if ask.score_prompt:
@@ -340,17 +341,14 @@ class Engine:
       token[work.slot], length[work.slot] = work.row[work.read], work.read
       active[work.slot] = True
     rows = [work.slot for work in works]
-    self._cache, drawn = slots.step(
-      self.model.params,
-      self._cache,
-      token,
-      length,
-      active,
-      self._draws(works, rows, self.slots),
-      np.bool_(any(work.ask.alternatives for work in works)),
-      config=self.model.config,
-      keys=slots.keys_for(int(length.max()) + 1, self.model.max_length),
-    )
+    arrays = {
+      'token_b': token,
+      'length_b': length,
+      'active_b': active,
+      'alternatives': np.bool_(any(work.ask.alternatives for work in works)),
+    }
+    arrays |= self._draws(works, rows, self.slots)
+    drawn = self._device.step(arrays, slots.keys_for(int(length.max()) + 1, self.model.max_length))
     drawn = jax.device_get(drawn)
     self.counts.steps += 1
     self.counts.step_rows += len(works)
@@ -365,17 +363,18 @@ class Engine:
     room = min(work.ask.max_new_tokens, self.model.max_length - work.prompt_length)
     work.add(token, self.model.eos_ids, room)
 
-  def _draws(self, works: list[Work], rows: list[int], size: int) -> slots.Draw:
+  def _draws(self, works: list[Work], rows: list[int], size: int) -> dict[str, np.ndarray]:
     draw = slots.Draw.empty(size)
     for work, row in zip(works, rows, strict=True):
       sampling = work.ask.sampling
       draw.temperature[row] = sampling.temperature
       draw.top_k[row], draw.top_p[row] = sampling.top_k, sampling.top_p
       draw.seed[row], draw.count[row] = work.ask.seed, len(work.new)
-    return draw
+    return draw_arrays(draw)
 
 
 def _token(drawn: slots.Drawn, row: int, alternatives: int) -> Token:
   ids, log_probs = drawn.other_bA[row].tolist(), drawn.other_log_prob_bA[row].tolist()
   others = tuple(zip(ids, log_probs, strict=True))[:alternatives]
-  return Token(int(drawn.token_b[row]), float(drawn.log_prob_b[row]), others)
+  experts = () if drawn.expert_bRk is None else tuple(map(tuple, drawn.expert_bRk[row].tolist()))
+  return Token(int(drawn.token_b[row]), float(drawn.log_prob_b[row]), others, experts)

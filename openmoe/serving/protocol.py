@@ -3,8 +3,10 @@
 Of /v1/completions: prompt (text, token ids, or a list of either), max_tokens, n, stop, seed,
 temperature, top_p, top_k, logprobs, echo, stream, stream_options. Of /v1/chat/completions:
 messages, max_tokens or max_completion_tokens, n, stop, seed, temperature, top_p, top_k, logprobs,
-top_logprobs, stream, stream_options. Fields that would change an answer and are not known here are
-refused by name; those that only describe a request (user, metadata, store, model) are taken.
+top_logprobs, stream, stream_options. Of both, beyond OpenAI's: experts, which tells for each new
+token what every router chose (their order is that of /health). Fields that would change an answer
+and are not known here are refused by name; those that only describe a request (user, metadata,
+store, model) are taken.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ _NAMES = {
 }
 _COMMON = {
   *('n', 'stop', 'seed', 'temperature', 'top_p', 'top_k', 'logprobs', 'stream', 'stream_options'),
-  'max_tokens',
+  *('max_tokens', 'experts'),
 }
 _FIELDS = {
   False: _COMMON | {'prompt', 'echo'},
@@ -63,6 +65,7 @@ class Request:
     asks: one a choice: those of the first prompt, then of the next.
     echo: the text of each prompt, where it is to come back; None without.
     logprobs: whether probabilities are told.
+    experts: whether the experts of each new token are told.
     stream, usage: whether pieces are sent as they come, and the counts at the end of them.
   """
 
@@ -71,6 +74,7 @@ class Request:
   asks: list[Ask]
   echo: list[str] | None
   logprobs: bool
+  experts: bool
   stream: bool
   usage: bool
 
@@ -126,7 +130,11 @@ def read(body: Mapping[str, Any], model: LanguageModel, chat: bool, timeout: flo
   options = _field(body, 'stream_options', dict, {})
   texts = [model.vocabulary.decode(prompt) for prompt in prompts] if echo else None
   stream = _field(body, 'stream', bool, False)
-  return Request(chat, prompts, asks, texts, logprobs, stream, options.get('include_usage') is True)
+  experts = _field(body, 'experts', bool, False)
+  if experts and model.config.moe is None:
+    raise ConfigError(f'experts=true: {model.name} has none.')
+  told = (logprobs, experts, stream, options.get('include_usage') is True)
+  return Request(chat, prompts, asks, texts, *told)
 
 
 def _refuse_unknown(body: Mapping[str, Any], chat: bool) -> None:
@@ -255,6 +263,8 @@ def choice(
   if request.logprobs:
     tokens = [*event.prompt, *event.tokens] if echoed else list(event.tokens)
     found['logprobs'] = (_chat_logprobs if request.chat else _logprobs)(tokens, model)
+  if request.experts:
+    found['experts'] = [token.experts for token in event.tokens]
   return found
 
 

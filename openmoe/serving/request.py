@@ -32,11 +32,14 @@ class Token:
     id: of the vocabulary.
     log_prob: natural logarithm, whatever the temperature; None of a prompt's first token.
     others: the likeliest (token, logarithm) of that place, as many as were asked for.
+    experts: of every router, in their order in the model, what the place that chose the token went
+      through; () of a prompt's tokens.
   """
 
   id: int
   log_prob: float | None
   others: tuple[tuple[int, float], ...] = ()
+  experts: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from openmoe import partitioning
 from openmoe.config import ModelConfig
 from openmoe.inference.decode import decoder, output_logits
 from openmoe.layers.dense import KVCache
+from openmoe.layers.moe.override import Seen, watching
 from openmoe.models.decoding import init_decode_cache
 from openmoe.types import Array, PyTree
 
@@ -124,12 +125,14 @@ class Drawn:
     log_prob_b: float32 natural logarithms, temperature aside.
     other_bA: int32 the likeliest tokens, the largest first; zeros where nobody asked.
     other_log_prob_bA: float32.
+    expert_bRk: int32, what the routers of the place that drew it chose; None without routers.
   """
 
   token_b: Array
   log_prob_b: Array
   other_bA: Array
   other_log_prob_bA: Array
+  expert_bRk: Array | None = None
 
 
 def _draw(logits_bv: Array, draw: Draw) -> Array:
@@ -156,13 +159,19 @@ def _draw(logits_bv: Array, draw: Draw) -> Array:
   return jax.lax.cond(jnp.any(draw.temperature > 0), drawn, lambda: best_b)
 
 
-def _drawn(logits_bv: Array, draw: Draw, alternatives: Array) -> Drawn:
+def _chosen(seen: list[Seen], tokens: int) -> Array | None:
+  """int32 [tokens, R, k] experts, of routers in their order in the model."""
+  chosen = [one.routing.expert_index_gtk.reshape(tokens, -1) for one in seen]
+  return jnp.stack(chosen, axis=1) if chosen else None
+
+
+def _drawn(logits_bv: Array, draw: Draw, alternatives: Array, expert_bRk: Array | None) -> Drawn:
   token_b = _draw(logits_bv, draw)
   total_b = jax.nn.logsumexp(logits_bv, axis=-1)
   of_token = jnp.take_along_axis(logits_bv, token_b[:, None], axis=1)[:, 0]
   others = _others(logits_bv, total_b, alternatives)
   whole = lambda x: partitioning.shard(x, (None,) * x.ndim)
-  return jax.tree.map(whole, Drawn(token_b, of_token - total_b, *others))
+  return jax.tree.map(whole, Drawn(token_b, of_token - total_b, *others, expert_bRk))
 
 
 def _others(logits_bv: Array, total_b: Array, alternatives: Array) -> tuple[Array, Array]:
@@ -204,11 +213,12 @@ def step(
   position_b1 = jnp.where(active_b, length_b, -1)[:, None]
   mask_b1s = (jnp.arange(keys) <= position_b1)[:, None]
   place_b = jnp.where(active_b, length_b, last)
-  out = decoder(config, b).apply(
-    {'params': params}, token_b[:, None], position_b1, mask_b1s, cache, place_b, method='decode'
-  )
+  with watching() as seen:
+    out = decoder(config, b).apply(
+      {'params': params}, token_b[:, None], position_b1, mask_b1s, cache, place_b, method='decode'
+    )
   logits_bv = output_logits(out.hidden_btd[:, 0], out.output_kernel_dv)
-  return out.cache, _drawn(logits_bv, draw, alternatives)
+  return out.cache, _drawn(logits_bv, draw, alternatives, _chosen(seen, b))
 
 
 @flax.struct.dataclass
@@ -261,9 +271,9 @@ def read_chunk(
   mask_ts = jnp.arange(keys) <= position_t[:, None]
   take = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=0)
   one = tuple(KVCache(take(kv.key), take(kv.value)) for kv in cache)
-  out = decoder(config, t).apply(
-    {'params': params}, tokens_t[None], position_t[None], mask_ts[None], one, first, method='decode'
-  )
+  where = (tokens_t[None], position_t[None], mask_ts[None], one, first)
+  with watching() as seen:
+    out = decoder(config, t).apply({'params': params}, *where, method='decode')
   put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, axis=0)
   cache = tuple(
     SlotCache(put(kv.key, new.key), put(kv.value, new.value))
@@ -271,13 +281,17 @@ def read_chunk(
   )
   hidden_td = out.hidden_btd[0]
   last_1d = jax.lax.dynamic_slice_in_dim(hidden_td, count - 1, 1, axis=0)
-  drawn = _drawn(output_logits(last_1d, out.output_kernel_dv), draw, alternatives)
+  expert_tRk = _chosen(seen, t)
+  if expert_tRk is not None:
+    expert_tRk = jax.lax.dynamic_slice_in_dim(expert_tRk, count - 1, 1, axis=0)
+  drawn = _drawn(output_logits(last_1d, out.output_kernel_dv), draw, alternatives, expert_tRk)
   if not scores:
     return cache, Read(drawn)
   logits_tv = output_logits(hidden_td, out.output_kernel_dv)
   total_t = jax.nn.logsumexp(logits_tv, axis=-1)
   log_prob_t = jnp.take_along_axis(logits_tv, next_t[:, None], axis=1)[:, 0] - total_t
-  return cache, Read(drawn, log_prob_t, *_others(logits_tv, total_t, alternatives))
+  read = Read(drawn, log_prob_t, *_others(logits_tv, total_t, alternatives))
+  return cache, jax.tree.map(lambda x: partitioning.shard(x, (None,) * x.ndim), read)
 
 
 @partial(jax.jit, donate_argnames='cache')

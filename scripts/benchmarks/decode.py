@@ -41,7 +41,7 @@ SHAPES = {
 GOAL = 1.5
 
 
-class _Ids:
+class Ids:
   """A vocabulary of numbers, without an end: every row runs to its length."""
 
   eos_id, pad_id = -1, 0
@@ -88,17 +88,17 @@ def our_model(theirs, max_length: int) -> LanguageModel:
     config = dataclasses.replace(of_form(form, None), dtype='float32')
     params = load_params(form, config)
   return LanguageModel(
-    config, jax.tree.map(jax.numpy.asarray, params), _Ids(), max_length=max_length
+    config, jax.tree.map(jax.numpy.asarray, params), Ids(), max_length=max_length
   )
 
 
-def _timed(fn: Callable[[], np.ndarray]) -> tuple[float, float, np.ndarray]:
+def timed(fn: Callable[[], np.ndarray]) -> tuple[float, float, np.ndarray]:
   wall, cpu = time.perf_counter(), time.process_time()
   out = fn()
   return time.perf_counter() - wall, time.process_time() - cpu, out
 
 
-def _same(ours: np.ndarray, theirs: np.ndarray, theirs_logits: Callable) -> bool:
+def same(ours: np.ndarray, theirs: np.ndarray, theirs_logits: Callable) -> bool:
   """Whether rows agree, or first differ at a near tie."""
   for mine, other in zip(ours, theirs, strict=True):
     differ = np.flatnonzero(mine != other)
@@ -132,7 +132,7 @@ def measure(
     )
     return out[:, prompt:].numpy()
 
-  first, _, mine = _timed(run_ours)
+  first, _, mine = timed(run_ours)
   other = run_theirs()
 
   @torch.no_grad()
@@ -140,14 +140,14 @@ def measure(
     ids = torch.from_numpy(np.concatenate([rows[row], after]))[None]
     return theirs(ids).logits[0, -1].numpy()
 
-  same = all(
-    _same(mine[i : i + 1], other[i : i + 1], lambda after, i=i: logits(i, after))
+  agree = all(
+    same(mine[i : i + 1], other[i : i + 1], lambda after, i=i: logits(i, after))
     for i in range(batch)
   )
   times: dict[str, list[tuple[float, float]]] = {'ours': [], 'transformers': []}
   for _ in range(rounds):
     for name, run in (('ours', run_ours), ('transformers', run_theirs)):
-      wall, cpu, _ = _timed(run)
+      wall, cpu, _ = timed(run)
       times[name].append((wall, cpu))
   median = lambda name, i: statistics.median(t[i] for t in times[name])
   speed = lambda name: round(batch * new / median(name, 0), 1)
@@ -165,7 +165,7 @@ def measure(
     'cpu_seconds': round(median('ours', 1), 3),
     'transformers_cpu_seconds': round(median('transformers', 1), 3),
     'compile_seconds': round(first - median('ours', 0), 1),
-    'same_tokens': same,
+    'same_tokens': agree,
   }
 
 

@@ -8,10 +8,14 @@ import socket
 import threading
 import time
 
+import numpy as np
 import pytest
 import uvicorn
 
 from openmoe.inference.chat import ChatTemplate
+from openmoe.inference.decode import decoder
+from openmoe.layers.moe.override import watching
+from openmoe.models.decoding import init_decode_cache
 from openmoe.serving import protocol
 from openmoe.serving.app import ServeConfig, Server
 from openmoe.serving.engine import Engine
@@ -118,6 +122,28 @@ def test_a_conversation_streams_what_it_answers_at_once(engine, port):
     assert told == choice['logprobs']['content']
     assert all(len(t['top_logprobs']) == 2 for t in told)
   assert found['choices'][0]['message'] != found['choices'][1]['message']
+
+
+def test_the_experts_of_new_tokens_are_told_on_request(engine, port):
+  body = {'prompt': 'ABC', 'max_tokens': 5, 'temperature': 0, 'experts': True}
+  (found,) = post(port, 'completions', **body)['choices']
+  pieces = streamed(port, 'completions', **body)
+  told = [e for piece in pieces for e in piece['choices'][0]['experts']]
+  new = [token for (g,) in engine.model.generate([[5, 6, 7]], 5) for token in g.tokens]
+  assert told == found['experts'] and len(told) >= len(new)
+  routers = json.loads(call(port, 'GET', '/health')[1])['routers']
+  assert routers == ['mlp.1'] and all(len(e) == len(routers) for e in told)
+  # What the routers say of the same places in one pass over all.
+  with watching() as seen:
+    row = np.array([[0, 5, 6, 7, *new]], np.int32)
+    config, places = engine.model.config, np.arange(row.size)
+    cache = init_decode_cache(config, 1, row.size)
+    where = (places[None], (places <= places[:, None])[None], cache, 0)
+    variables = {'params': engine.model.params}
+    decoder(config, row.size).apply(variables, row, *where, method='decode')
+  expected = seen[0].routing.expert_index_gtk.reshape(row.size, -1)[3 : 3 + len(told)]
+  assert [sorted(e[0]) for e in told] == np.sort(expected).tolist()
+  assert 'experts' not in post(port, 'completions', prompt='A', max_tokens=1)['choices'][0]
 
 
 def test_many_clients_at_once_get_what_they_get_alone(port):
