@@ -31,7 +31,8 @@ class Flops:
     dispatch: one-hot products that move rows to experts and back.
     capacity: of experts beyond the model's: padding of their buffers; negative where the capacity
       leaves choices out, whose products are never made.
-    attention: above the diagonal, which is computed and masked.
+    attention: above the diagonal, as far as blocks of queries reach there, and what a query gets
+      that may look nowhere.
     other: what is left, rounding of the above; close to 0.
     executed: all of them.
     kernels: of executed, in Pallas kernels, for which the compiler has no estimate; they skip rows
@@ -102,7 +103,7 @@ def _purpose(product: Product) -> str:
     return 'loss_backward'
   if product.file.endswith('moe/masks.py'):
     return 'dispatch'
-  if product.function == 'attend':
+  if product.function in ('attend', 'attend_packed'):
     return 'attention'
   grouped = product.kernel or '/grouped/' in product.file
   if grouped or (product.file.endswith('moe/exchange.py') and product.function == 'times'):
