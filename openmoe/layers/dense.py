@@ -68,7 +68,7 @@ def lookup(table_vd: Array, tokens_bt: Array) -> Array:
     rows = jnp.take(table, jnp.where(here, index, 0), axis=0)
     return partitioning.all_reduce(jnp.where(here[..., None], rows, 0), 'vocab')
 
-  if not isinstance(table_vd, jax.Array):
+  if hasattr(table_vd, 'rows'):
     return table_vd.rows(tokens_bt)  # a form of inference
   rows = ('act_batch', 'act_length')
   return partitioning.per_shard(local, (('vocab', None), rows), (*rows, None), table_vd, tokens_bt)
@@ -299,8 +299,8 @@ class Mlp(nn.Module):
     wi_1_df = kernel('wi_1', (d, f), ('embed', 'mlp'), init(out_axis=1))
     wo_fd = kernel('wo', (f, d), ('mlp', 'embed'), init(out_axis=1))
     x_btd = x_btd.astype(self.dtype)
-    is_array = isinstance(wi_0_duf, jax.Array)  # else a form of inference, which multiplies itself
-    gate = jnp.einsum('btd,duf->btuf', x_btd, wi_0_duf) if is_array else x_btd @ wi_0_duf
+    itself = hasattr(wi_0_duf, 'batched')  # a form of inference, which knows how to multiply
+    gate = x_btd @ wi_0_duf if itself else jnp.einsum('btd,duf->btuf', x_btd, wi_0_duf)
     h_btf = double_swiglu(gate, x_btd @ wi_1_df)
     h_btf = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(h_btf, deterministic=not train)
     h_btf = partitioning.shard(h_btf, ('act_batch', 'act_length', 'act_mlp'))

@@ -236,6 +236,6 @@ def times(rows: Array, kernel_eIO: Array, segments: Segments | None) -> Array:
   """Each expert's rows times its kernel; rows as of Compute."""
   if segments is not None:
     return segments.matmul(rows, kernel_eIO)
-  if not isinstance(kernel_eIO, jax.Array):
+  if hasattr(kernel_eIO, 'batched'):
     return kernel_eIO.batched(rows)  # a form of inference
   return jax.lax.dot_general(rows, kernel_eIO, (((2,), (1,)), ((0,), (0,))))
