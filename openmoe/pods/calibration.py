@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 
+from openmoe.pods import flops, step_time
 from openmoe.pods.published import RUNS, Published
 from openmoe.pods.request import Effort, Request
 from openmoe.pods.run import StepPlan, plan_step
@@ -40,16 +41,17 @@ def compare(
 
 
 def _one(run: Published, step: StepPlan) -> Comparison:
-  flops = step.flops
+  counted, below = step.flops, flops.attention_flops(step.request)
   # Until July 2025 MaxText counted attention whole: as much above the diagonal as below.
-  counted = flops.model / (flops.model + flops.attention) if run.full_attention else 1.0
-  published = run.utilisation * counted
+  share = counted.model / (counted.model + below) if run.full_attention else 1.0
+  published = run.utilisation * share
   if step.time is None:
     return Comparison(run, step, published, None, None, None)
   time, target = step.time, step.request.target
   core = time.parts.get('attention core', 0.0)
-  # Forward, backward and forward again: four times what the model counts of either half.
-  products = flops.attention * 2 * 4 / 3 / target.device_count / target.device.flops / 0.9
+  # Forward, backward and forward again: four passes where the model counts three.
+  products = (below + counted.attention) * 4 / 3
+  products /= target.device_count * target.device.flops * step_time.BEST_SHARE
   without = max(0.0, core - products) if step.request.effort is Effort.FULL else 0.0
   return Comparison(
     run,

@@ -77,7 +77,7 @@ def split(request: Request, products: list[Product], unknown: int) -> Flops:
   for product in products:
     totals[_purpose(product)] += product.flops
   model = plan.flops_per_token(request.model, request.row_length) * request.tokens
-  experts, attention = _expert_flops(request), _attention_flops(request)
+  experts, attention = _expert_flops(request), attention_flops(request)
   executed = sum(product.flops for product in products)
   parts = {
     # The loss multiplies three times on its way back, once for the logits that it did not keep.
@@ -124,7 +124,7 @@ def _expert_flops(request: Request) -> float:
   return 3.0 * request.tokens * model.num_sparse_layers * k * each
 
 
-def _attention_flops(request: Request) -> float:
+def attention_flops(request: Request) -> float:
   """Of the formula, logits and weighted sums of attention: the half below the diagonal."""
   model = request.model
   slots = model.moe.top_k if model.architecture is Architecture.JETMOE else 1
