@@ -202,12 +202,13 @@ def experts_figure(router: dict[str, np.ndarray], saturation: np.ndarray | None 
       axes.tick_params(labelbottom=False)
     maps.append(axes)
   _colour_bar(figure, picture, maps)
-  dropped = figure.add_subplot(grid[rows, :])
+  # Last, because the legend of its layers is below all panels.
+  dropped = figure.add_subplot(grid[-1, :])
   _draw_dropped(dropped, router, names)
   if has_saturation:
-    _draw_saturation(figure.add_subplot(grid[rows + 1, :], sharex=dropped), saturation)
-    dropped.set_xlabel('')
-    dropped.tick_params(labelbottom=False)
+    above = figure.add_subplot(grid[rows, :], sharex=dropped)
+    _draw_saturation(above, saturation)
+    above.tick_params(labelbottom=False)
   return figure
 
 
@@ -278,7 +279,6 @@ def _draw_dropped(axes: Axes, router: dict[str, np.ndarray], names) -> None:
 def _draw_saturation(axes: Axes, saturation: np.ndarray) -> None:
   title = f'saturation: choices that are those of the checkpoint before  {saturation[-1, 1]:.1%}'
   axes.set_title(title, loc='left', fontsize=10, color=INK)
-  axes.set_xlabel('optimizer step', color=INK)
   _style(axes)
   axes.plot(saturation[:, 0], saturation[:, 1], color=_TRAIN, lw=1.4, marker='o', ms=3)
   axes.margins(x=0)
