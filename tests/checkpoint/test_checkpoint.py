@@ -37,6 +37,19 @@ def test_restores_exactly_with_data_and_metadata(open_dir):
   assert metadata == {'tokens_seen': 4096, 'versions': {'jax': '0.10.2'}}
 
 
+def test_a_save_compiles_nothing(open_dir):
+  """By itself orbax cuts each array among its replicas, by a program for each place."""
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda name, seconds, **more: compiled.append(name) if 'backend_compile' in name else None
+  )
+  state = jax.block_until_ready(make_state(step=2, scale=3))
+  assert compiled  # the listener hears: making the state compiles
+  compiled.clear()
+  open_dir().save(2, state, DATA, {})
+  assert not compiled
+
+
 @pytest.mark.parametrize('shape', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
 def test_restores_onto_another_mesh(open_dir, shape):
   state = make_state(step=3)
