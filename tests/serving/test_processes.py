@@ -1,4 +1,4 @@
-"""Two processes of four devices: what they generate, score, evaluate and serve is that of one."""
+"""Two processes of four devices: what they generate, score and serve is that of one."""
 
 import concurrent.futures
 import json
